@@ -1,0 +1,59 @@
+"""The errors a user can meet, each with the exit code of the command line.
+
+========================  =========  =====================================================
+class                     exit code  meaning
+========================  =========  =====================================================
+:class:`PlannerError`     2          base class; never raised itself
+:class:`InputError`       2          unusable input: a file, a name, a value, a model
+:class:`TraceError`       2          model code that cannot be captured
+:class:`InfeasibleError`  3          the problem has no plan under the limits given
+:class:`IRError`          2          a pass or a file broke an invariant of the IR
+========================  =========  =====================================================
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PlannerError(Exception):
+    """Base of every error the planner raises on purpose; the message is one clear sentence."""
+
+    exit_code = 2
+
+
+class InputError(PlannerError):
+    """Bad input: names the thing, what is wrong with it and what would fix it."""
+
+
+class TraceError(InputError):
+    """Model code that cannot be captured as a graph."""
+
+
+class IRError(PlannerError):
+    """An invariant of the IR does not hold (see :mod:`ir.verifier` for the list)."""
+
+
+class InfeasibleError(PlannerError):
+    """No plan satisfies the limits.
+
+    Args:
+        message: one sentence for people.
+        conflict: names of the limits that cannot hold together, in the user's words
+            (``"hbm_budget"``, ``"pin[C20]=data_parallel"``).
+        relaxation: the smallest change known to make the problem feasible.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, conflict: Iterable[str] = (), relaxation: str = "") -> None:
+        super().__init__(message)
+        self.conflict = tuple(conflict)
+        self.relaxation = relaxation
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

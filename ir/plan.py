@@ -1,0 +1,270 @@
+"""The plan: the final form of the IR, a small versioned JSON file.
+
+A plan holds decisions, what each of them is modelled to cost, and how it was made; it never holds
+wall-clock times, host names or paths, so the same inputs give the same bytes. Seconds are modelled
+seconds, bytes are bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from ir.constraints import Constraints, ShardingType
+from ir.errors import InputError
+from ir.reading import STRICT, as_mapping, digest, dump_record, parse_record, read_json
+from ir.topology import Topology
+from ir.workload import Workload
+
+FORMAT_VERSION = "1.0"  # MAJOR.MINOR: an unknown major is refused, a newer minor is read
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A block of a table on one rank: ``rows`` x ``cols`` from ``(row, col)``.
+
+    ``data_parallel`` tables have one whole-table shard on every rank.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    rank: Count
+    row: Count
+    col: Count
+    rows: Count
+    cols: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """An option that was not chosen, and what choosing it would do to the objective."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    option: str  # "column_wise x4"
+    objective: float | None  # seconds of the whole objective with this option instead; None: does not fit
+    delta: float | None  # objective minus the plan's
+    terms: dict[str, float] = field(default_factory=dict)  # seconds of the table itself, summed over ranks
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TablePlan:
+    """The decision for one table."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    rows: Annotated[int, Field(ge=1)]
+    dim: Annotated[int, Field(ge=1)]
+    dtype: str
+    features: tuple[str, ...]
+    pooling: str
+    module: str  # path of the owning module
+    parameter: str
+    sharding_type: ShardingType
+    compute_kernel: Literal["dense", "fused"]
+    shards: tuple[Shard, ...]
+    terms: dict[str, float]  # modelled seconds by phase, summed over ranks
+    memory: dict[str, int]  # bytes by purpose, summed over ranks
+    reason: str = ""
+    runner_up: Alternative | None = None
+
+    @property
+    def option(self) -> str:
+        """The decision in one phrase: ``"column_wise x4"``."""
+        columns = len({(shard.col, shard.cols) for shard in self.shards})
+        return self.sharding_type if columns == 1 else f"{self.sharding_type} x{columns}"
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How far from optimal the sharding decision can be.
+
+    ``objective`` and ``lower_bound`` are values of the same objective over the same option space; the
+    bound is proved for that cost model, not for the hardware.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    objective_name: str
+    objective: float  # seconds
+    lower_bound: float  # seconds
+    status: Literal["optimal", "feasible"]
+    bound_method: str
+
+    @property
+    def gap(self) -> float:
+        """(objective - lower bound) / objective, a fraction of 1."""
+        if self.objective <= 0:
+            return 0.0
+        return max(0.0, (self.objective - self.lower_bound) / self.objective)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One op of the modelled step on one stream."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    stream: str  # "compute", "network", "input"
+    start: float  # seconds from the start of the step
+    duration: float  # seconds
+    critical: bool  # on the critical path
+    terms: dict[str, float] = field(default_factory=dict)  # what the duration is made of
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The modelled step: its makespan and the events of the slowest rank in each phase."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    step: float  # seconds, makespan
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Device memory of one rank, bytes by purpose ("weights", "optimizer", "io", "dense", ...)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    rank: Count
+    limit: Count  # bytes the plan may use: capacity less the reserve
+    used: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes in use."""
+        return sum(self.used.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """What was planned."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    digest: str  # of the captured tables and ops
+    embedding_params: Count
+    dense_params: Count
+    dense_flops: Annotated[float, Field(ge=0)]  # forward, per sample
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    """A number the plan rests on, and where it comes from."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The result of :func:`planner.compile`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    model: ModelSummary
+    topology: Topology
+    workload: Workload
+    constraints: Constraints
+    mode: Literal["train", "inference"]
+    table_plans: tuple[TablePlan, ...]  # in the model's order
+    memory: tuple[RankMemory, ...]  # by rank
+    timeline: Timeline
+    certificate: Certificate
+    assumptions: tuple[Assumption, ...] = ()
+    warnings: tuple[str, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)  # versions, seed, input digests
+    format_version: str = FORMAT_VERSION
+
+    @property
+    def tables(self) -> dict[str, TablePlan]:
+        """The table decisions by name."""
+        return {table.name: table for table in self.table_plans}
+
+    @property
+    def world_size(self) -> int:
+        """Ranks the plan is for."""
+        return self.topology.world_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the digest of everything else under ``"digest"``."""
+        data = dump_record(self)
+        return {**data, "digest": digest(data)}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of the plan."""
+        return digest(dump_record(self))
+
+    def to_json(self) -> str:
+        """The text of the plan file: stable key order, one line a table or rank."""
+        return _layout(self.to_dict()) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan whole or not at all; raises InputError when the folder cannot be written."""
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def from_dict(cls, data: object, what: str = "plan") -> Plan:
+        """Read plain data; raises InputError on a wrong schema, version or digest."""
+        fields = dict(as_mapping(data, what))
+        version = str(fields.get("format_version", "missing"))
+        if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+            raise InputError(
+                f"{what} has format_version {version}, this planner reads {FORMAT_VERSION}; compile it again"
+            )
+        claimed = fields.pop("digest", None)
+        plan = parse_record(cls, fields, what)
+        if claimed is not None and claimed != plan.digest:
+            raise InputError(f"{what} does not match its digest: it was edited or damaged; compile it again")
+        return plan
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file; raises InputError."""
+        return cls.from_dict(read_json(path, "plan"), f"plan {path}")
+
+
+def _layout(value: Any, depth: int = 0) -> str:
+    """Indented JSON in which records of scalars stay on one line."""
+    pad = "  " * (depth + 1)
+    if isinstance(value, dict) and value and depth < 4 and any(isinstance(v, (dict, list)) for v in value.values()):
+        body = ",\n".join(f"{pad}{json.dumps(k)}: {_layout(v, depth + 1)}" for k, v in value.items())
+        return "{\n" + body + "\n" + "  " * depth + "}"
+    if isinstance(value, list) and value and depth < 4 and any(isinstance(v, (dict, list)) for v in value):
+        return "[\n" + ",\n".join(pad + _layout(v, depth + 1) for v in value) + "\n" + "  " * depth + "]"
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write ``text`` under a temporary name, then rename; raises InputError."""
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
