@@ -40,7 +40,9 @@ class TableConstraint:
 
     sharding_types: Annotated[tuple[ShardingType, ...], Field(min_length=1)] | None = None  # None: all seven
     min_column_width: Annotated[int, Field(ge=4, multiple_of=4)] | None = None  # narrowest column shard
-    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = None  # table-wise only
+    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = (
+        None  # table-wise only
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,7 +245,12 @@ class Plan:
 def _layout(value: Any, depth: int = 0) -> str:
     """Indented JSON in which records of scalars stay on one line."""
     pad = "  " * (depth + 1)
-    if isinstance(value, dict) and value and depth < 4 and any(isinstance(v, (dict, list)) for v in value.values()):
+    if (
+        isinstance(value, dict)
+        and value
+        and depth < 4
+        and any(isinstance(v, (dict, list)) for v in value.values())
+    ):
         body = ",\n".join(f"{pad}{json.dumps(k)}: {_layout(v, depth + 1)}" for k, v in value.items())
         return "{\n" + body + "\n" + "  " * depth + "}"
     if isinstance(value, list) and value and depth < 4 and any(isinstance(v, (dict, list)) for v in value):
@@ -259,7 +264,9 @@ def write_atomically(path: str | Path, text: str) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; choose a folder that exists and is writable"
+        ) from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

@@ -65,7 +65,9 @@ def read_text(path: str | Path, what: str) -> str:
     path = Path(path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{what} {path} is larger than {MAX_FILE_BYTES} bytes; this is not a file for people")
+            raise InputError(
+                f"{what} {path} is larger than {MAX_FILE_BYTES} bytes; this is not a file for people"
+            )
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist; check the path") from None
@@ -97,7 +99,9 @@ def loads_json(text: str, what: str) -> Any:
     try:
         return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise InputError(f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+        raise InputError(
+            f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
     except RecursionError:
         raise InputError(f"{what} is nested too deeply to be read") from None
 

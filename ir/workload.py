@@ -28,7 +28,7 @@ DEFAULT_POOLING = 1.0  # one-hot
 
 
 def _monotone(icdf: tuple[float, ...]) -> tuple[float, ...]:
-    if icdf and (any(not 0 <= x <= 1 for x in icdf) or any(b < a for a, b in zip(icdf, icdf[1:], strict=False))):
+    if icdf and (any(not 0 <= x <= 1 for x in icdf) or list(icdf) != sorted(icdf)):
         raise ValueError("an ICDF must rise from 0 to at most 1")
     return icdf
 
@@ -156,7 +156,9 @@ def _as_jagged(batch: Any) -> dict[str, tuple[Array, Array]]:
             table = table.reshape(len(table), -1)
             ids, lengths = table.reshape(-1), np.full(len(table), table.shape[1], np.int64)
         if (lengths < 0).any() or int(lengths.sum()) != len(ids):
-            raise InputError(f"feature {name!r}: the lengths add up to {int(lengths.sum())} ids but there are {len(ids)}")
+            raise InputError(
+                f"feature {name!r}: the lengths add up to {int(lengths.sum())} ids but there are {len(ids)}"
+            )
         jagged[str(name)] = (ids, lengths)
     return jagged
 
@@ -192,7 +194,9 @@ class _Counter:
 
     def workload(self, world_size: int) -> Workload:
         if not self.batches or not self.samples:
-            raise InputError("no samples to measure a workload from; pass at least one batch that is not empty")
+            raise InputError(
+                "no samples to measure a workload from; pass at least one batch that is not empty"
+            )
         features = {}
         for name, parts in self.ids.items():
             ids = np.concatenate(parts)
