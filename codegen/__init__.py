@@ -1,0 +1,1 @@
+"""Outputs: what runs. Reads the plan; knows nothing of prices or passes."""

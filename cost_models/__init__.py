@@ -1,0 +1,1 @@
+"""Prices: how long and how big. Pure functions over :mod:`ir`."""

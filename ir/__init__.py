@@ -1,0 +1,1 @@
+"""Nouns: what is planned. Imports nothing else of the project."""

@@ -1,0 +1,1 @@
+"""Decisions: which option is best, by :mod:`cost_models`."""
