@@ -58,6 +58,9 @@ class Constraints:
     memory_reserve: Annotated[float, Field(ge=0, lt=1)] = 0.15  # of device memory, for what is not modelled
     memory_limit: Annotated[int, Field(gt=0)] | None = None  # bytes a device, instead of its capacity
     min_column_width: Annotated[int, Field(ge=4, multiple_of=4)] = 32
+    # Row-wise Adagrad keeps one state per row *of a shard*, so splitting columns changes the training
+    # result. Off: such options are not offered, and the sharded run equals the unsharded one.
+    allow_state_split: bool = False
     tables: dict[str, TableConstraint] = field(default_factory=dict)
 
     def for_table(self, name: str) -> TableConstraint:

@@ -76,7 +76,7 @@ class Workload:
     global_batch: Annotated[int, Field(ge=1, le=2**40)] = DEFAULT_GLOBAL_BATCH  # samples per step, all ranks
     features: dict[str, FeatureStats] = field(default_factory=dict)
     id_bytes: Annotated[int, Field(ge=1, le=16)] = 8  # int64 ids
-    optimizer: Optimizer = "rowwise_adagrad"  # of the embedding tables
+    optimizer: Optimizer = "adagrad"  # of the embedding tables; element-wise, as MLPerf DLRM-DCNv2 trains
     compute_dtype: ComputeType = "fp32"  # element type of dense GEMMs
     exchange_dtype: ExchangeType = "fp32"  # element type of pooled embeddings and their gradients on the wire
     origin: str = "defaults"  # "defaults", "file", "measured from N batches"

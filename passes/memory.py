@@ -1,0 +1,34 @@
+"""Memory accounting: bytes by purpose on every rank, from the shards that were placed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from cost_models.memory import dense_memory
+
+from cost_models.placed import rank_memory
+from ir.plan import RankMemory
+from ir.program import Program
+from passes.sharding import memory_limit
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryAccounting:
+    """Fill ``memory``: what each rank holds, beside the limit it must stay under."""
+
+    name: ClassVar[str] = "memory"
+
+    def run(self, program: Program) -> Program:
+        """Decide nothing; add up the placed shards and the dense part."""
+        assert program.tables is not None, "sharding runs before memory accounting"
+        topology, workload, mode = program.topology, program.workload, program.options.mode
+        dense = dense_memory(program.model, workload, topology, mode)
+        limit = memory_limit(program)
+        ranks = []
+        for rank, embedding in enumerate(rank_memory(program.tables, topology, workload, mode)):
+            used = dict(embedding)
+            for purpose, size in dense.items():
+                used[purpose] = used.get(purpose, 0) + size
+            ranks.append(RankMemory(rank, limit, dict(sorted(used.items()))))
+        return replace(program, memory=tuple(ranks))

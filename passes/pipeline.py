@@ -1,0 +1,54 @@
+"""The passes in order, and the one seam through which they are printed, timed and checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ir.verifier import verify_program
+
+from ir.program import Program
+from passes.base import Pass
+from passes.memory import MemoryAccounting
+from passes.sharding import Sharding
+from passes.step import StepTimeline
+
+Observer = Callable[[str, Program], None]
+"""Called as ``observer(pass name, program after it)``; first with "capture" before any pass."""
+
+PIPELINE: tuple[Pass, ...] = (
+    Sharding(),
+    MemoryAccounting(),  # needs the shards
+    StepTimeline(),  # needs the time of each phase, which the shards decide
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PassTime:
+    """Wall seconds of one pass; kept out of the plan."""
+
+    name: str
+    seconds: float
+
+
+def run_pipeline(
+    program: Program, passes: Sequence[Pass] = PIPELINE, observers: Sequence[Observer] = ()
+) -> tuple[Program, tuple[PassTime, ...]]:
+    """Run the passes, verify the IR after each one, and tell the observers.
+
+    Raises:
+        IRError: a pass broke an invariant (a fault of the pass, not of the input).
+    """
+    times = []
+    verify_program(program)
+    for observer in observers:
+        observer("capture", program)
+    for step in passes:
+        started = time.perf_counter()
+        program = step.run(program)
+        times.append(PassTime(step.name, time.perf_counter() - started))
+        verify_program(program)
+        for observer in observers:
+            observer(step.name, program)
+    return program, tuple(times)

@@ -1,0 +1,81 @@
+"""Why each table got its option: the runner-up, what it would cost, and a sentence.
+
+The runner-up is the best other option with every other table left where it is; a full re-solve could
+only do better, so ``delta`` is an upper bound on what forcing the runner-up costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ir.plan import Alternative, TablePlan
+from ir.units import format_seconds
+from passes.assignment import Problem, Solution, alternatives
+
+# Below this relative difference two options cost the same for the step.
+_TIE = 1e-6
+
+
+def explain_tables(
+    plans: tuple[TablePlan, ...], problem: Problem, solution: Solution
+) -> tuple[TablePlan, ...]:
+    """The table plans with ``reason`` and ``runner_up`` filled in."""
+    explained = []
+    for index, plan in enumerate(plans):
+        others = table_alternatives(problem, solution, index)
+        fitting = [other for other in others if other.delta is not None]
+        best = min(fitting, key=lambda other: (other.delta or 0.0, sum(other.terms.values())), default=None)
+        explained.append(
+            replace(plan, runner_up=best, reason=_reason(problem, solution, index, others, best))
+        )
+    return tuple(explained)
+
+
+def table_alternatives(problem: Problem, solution: Solution, index: int) -> list[Alternative]:
+    """Every option of one table that was not chosen, with the objective it would give."""
+    objectives = alternatives(problem, solution, index)
+    others = []
+    for position, option in enumerate(problem.options[index]):
+        if position == solution.choice[index]:
+            continue
+        objective = objectives[position]
+        others.append(
+            Alternative(
+                option=option.label,
+                objective=objective,
+                delta=None if objective is None else objective - solution.objective,
+                terms=_own_seconds(problem, index, position),
+                note="does not fit beside the other tables" if objective is None else "",
+            )
+        )
+    return others
+
+
+def _own_seconds(problem: Problem, index: int, position: int) -> dict[str, float]:
+    """Seconds of one option by phase, summed over the ranks that hold it."""
+    spread = {"rank": 1, "host": problem.host_size, "all": problem.hosts * problem.host_size}
+    totals = [0.0] * len(problem.phases)
+    for piece in problem.options[index][position].pieces:
+        for k, load in enumerate(piece.load):
+            totals[k] += load * piece.count * spread[piece.scope]
+    return dict(zip(problem.phases, totals, strict=True))
+
+
+def _reason(
+    problem: Problem, solution: Solution, index: int, others: list[Alternative], best: Alternative | None
+) -> str:
+    if not others:
+        return "the only option allowed"
+    if best is None:
+        return "the only option that fits in memory beside the other tables"
+    delta = best.delta or 0.0
+    if delta > _TIE * solution.objective:
+        return f"{best.option} instead would lengthen the step by {format_seconds(delta)}"
+    own = sum(_own_seconds(problem, index, solution.choice[index]).values())
+    saved = sum(best.terms.values()) - own
+    if saved > 0:
+        return (
+            f"not on the slowest rank, so the step is the same; {best.option} instead would take "
+            f"{format_seconds(saved)} more device time"
+        )
+    return f"not on the slowest rank: {best.option} instead would give the same step"

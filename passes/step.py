@@ -1,0 +1,35 @@
+"""The step: every op of a training or serving step on its stream, and the makespan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from cost_models.calibration import Calibration, default_calibration
+from cost_models.embedding import phase_overheads
+from cost_models.step import step_timeline
+
+from cost_models.placed import rank_seconds
+from ir.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimeline:
+    """Fill ``timeline`` from the placed shards; the slowest rank decides each embedding phase."""
+
+    name: ClassVar[str] = "step"
+    calibration: Calibration | None = None
+
+    def run(self, program: Program) -> Program:
+        """Decide nothing; model the step."""
+        assert program.tables is not None, "sharding runs before the step"
+        topology, workload, mode = program.topology, program.workload, program.options.mode
+        calibration = self.calibration or default_calibration(topology)
+        slowest = {
+            phase: float(seconds.max())
+            for phase, seconds in rank_seconds(program.tables, topology, workload, calibration, mode).items()
+        }
+        overheads = phase_overheads(topology, workload, calibration, mode)
+        phases = {phase: seconds + overheads[phase] for phase, seconds in slowest.items()}
+        timeline = step_timeline(program.model, phases, topology, workload, calibration, mode)
+        return replace(program, timeline=timeline)

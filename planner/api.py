@@ -1,0 +1,215 @@
+"""The front door: :func:`compile`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ir.plan
+from ir.constraints import Constraints
+from ir.errors import InputError
+from ir.plan import ModelSummary
+from ir.program import Mode, Model, Options, Program
+from ir.reading import read_text
+from ir.topology import Topology
+from ir.workload import Workload
+from planner.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from passes.base import Pass
+    from passes.pipeline import Observer
+
+
+def topology(name: str | Path | Topology) -> Topology:
+    """A topology from a preset name (``"h100-16x8"``) or a YAML file.
+
+    Raises:
+        InputError: neither a preset nor a readable file; or a file with a bad key.
+    """
+    if isinstance(name, Topology):
+        return name
+    text = str(name)
+    if text.endswith((".yaml", ".yml")) or isinstance(name, Path):
+        return Topology.from_dict(load_yaml(text, "topology"), f"topology {text}")
+    from planner.presets import preset
+
+    return preset(text)
+
+
+def load_yaml(path: str | Path, what: str) -> Any:
+    """Parsed YAML (safe loader); raises InputError with the line of a syntax error."""
+    import yaml
+
+    text = read_text(path, what)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(
+            f"{what} {path} is not YAML: {getattr(error, 'problem', 'bad syntax')}{where}"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{what} {path} is nested too deeply to be read") from None
+
+
+def compile(
+    model: nn.Module | Model | str,
+    topology: Topology | str | Path,
+    workload: Workload | None = None,
+    *,
+    mode: Mode = "train",
+    constraints: Constraints | None = None,
+    passes: Sequence[Pass] | None = None,
+    time_limit: float = 30.0,
+    seed: int = 0,
+    name: str | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Plan:
+    """Plan how ``model`` is sharded over ``topology``.
+
+    Args:
+        model: an ``nn.Module`` (also on meta), an ``fx.GraphModule``, a captured
+            :class:`ir.program.Model`, a zoo name, ``file.py:callable``, or a JSON table list.
+        topology: a :class:`Topology`, a preset name or a YAML path.
+        workload: what the model is fed; without one the model's own (zoo, table list) or the
+            documented defaults of :mod:`ir.workload`, which the plan names.
+        mode: "train" or "inference".
+        constraints: what is pinned, forbidden or bounded.
+        passes: instead of :data:`passes.pipeline.PIPELINE`.
+        time_limit: limit on deterministic solver work, about seconds; also a wall-clock safety net.
+        seed: of the solver's search.
+        name: of the model in the plan; default the zoo name or the class name.
+        example_inputs: for modules whose inputs cannot be inferred.
+        observers: called after each pass, see :mod:`passes.pipeline`.
+
+    Raises:
+        InputError: unusable input.
+        TraceError: model code that cannot be captured.
+        InfeasibleError: no plan under the limits.
+    """
+    from passes.pipeline import PIPELINE, run_pipeline
+
+    if mode not in ("train", "inference"):
+        raise InputError(f"mode must be 'train' or 'inference', not {mode!r}")
+    if not (math.isfinite(time_limit) and time_limit > 0):
+        raise InputError(f"time_limit must be a positive number of seconds, not {time_limit!r}")
+    machine = _topology(topology)
+    captured, own_workload = _capture(model, name, example_inputs)
+    work, notes = _workload(workload, own_workload, captured, machine)
+    program = Program(
+        model=captured,
+        topology=machine,
+        workload=work,
+        options=Options(mode, constraints or Constraints(), time_limit, seed),
+        warnings=notes,
+    )
+    program, _ = run_pipeline(program, passes if passes is not None else PIPELINE, observers)
+    return _plan(program)
+
+
+def _topology(which: Topology | str | Path) -> Topology:
+    return topology(which)
+
+
+def _capture(
+    model: Any, name: str | None, example_inputs: tuple[Any, ...] | None
+) -> tuple[Model, Workload | None]:
+    if isinstance(model, Model):
+        return (replace(model, name=name) if name else model), None
+    if isinstance(model, (str, Path)):
+        from planner.models import resolve
+
+        resolved = resolve(str(model))
+        return (replace(resolved.model, name=name) if name else resolved.model), resolved.workload
+    from ir.capture import capture
+
+    return capture(model, name=name, example_inputs=example_inputs), None
+
+
+def _workload(
+    given: Workload | None, own: Workload | None, model: Model, machine: Topology
+) -> tuple[Workload, tuple[str, ...]]:
+    """The workload in force, and what the user should know about it."""
+    world = machine.world_size
+    if given is None:
+        chosen = own or Workload()
+        # the default batch is nobody's wish, so it bends to the world size
+        batch = -(-chosen.global_batch // world) * world
+        notes = () if own else ("no workload given: one id a sample and feature, uniform access",)
+        return replace(chosen, global_batch=batch), notes
+    if given.global_batch % world:
+        near = max(1, round(given.global_batch / world)) * world
+        raise InputError(
+            f"global_batch {given.global_batch} does not divide over {world} ranks; use {near} or another multiple"
+        )
+    features = {feature for table in model.tables for feature in table.features}
+    unknown = sorted(set(given.features) - features)
+    missing = sorted(features - set(given.features))
+    notes = ()
+    if unknown:
+        notes += (f"the workload has {len(unknown)} features that no table looks up, such as {unknown[0]!r}",)
+    if missing and given.features:
+        notes += (
+            f"the workload lacks {len(missing)} features, such as {missing[0]!r}: one id a sample assumed",
+        )
+    return given, notes
+
+
+def versions() -> dict[str, str]:
+    """What a plan's bytes depend on besides its inputs."""
+    from planner import __version__
+
+    found = {"planner": __version__}
+    for package in ("ortools", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _plan(program: Program) -> Plan:
+    tables, certificate, memory, timeline = (
+        program.tables,
+        program.certificate,
+        program.memory,
+        program.timeline,
+    )
+    if tables is None or certificate is None or memory is None or timeline is None:
+        raise InputError(
+            "the passes given do not make a whole plan; keep sharding, memory and step among them"
+        )
+    model = program.model
+    return Plan(
+        model=ModelSummary(
+            name=model.name,
+            digest=model.digest,
+            embedding_params=model.embedding_params,
+            dense_params=model.dense_params,
+            dense_flops=model.dense_flops,
+        ),
+        topology=program.topology,
+        workload=program.workload,
+        constraints=program.options.constraints,
+        mode=program.options.mode,
+        table_plans=tables,
+        memory=memory,
+        timeline=timeline,
+        certificate=certificate,
+        assumptions=program.assumptions,
+        warnings=program.warnings,
+        provenance={
+            **{f"version.{package}": version for package, version in versions().items()},
+            "seed": str(program.options.seed),
+            "time_limit": repr(program.options.time_limit),
+            "digest.model": model.digest,
+            "digest.topology": program.topology.digest,
+            "digest.workload": program.workload.digest,
+        },
+        format_version=ir.plan.FORMAT_VERSION,
+    )

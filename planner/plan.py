@@ -1,0 +1,60 @@
+"""The plan with its verbs: what people call on the result of :func:`planner.compile`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ir.plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Plan(ir.plan.Plan):
+    """A compiled plan (fields: :class:`ir.plan.Plan`). Printing it shows the summary."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        from planner.render import summary, to_text
+
+        return to_text(summary(self))
+
+    def explain(self, table: str | None = None, rank: int | None = None) -> str:
+        """Why: the whole plan, one table, or one rank; raises InputError for an unknown name."""
+        from planner.explain import explain_plan, explain_rank, explain_table
+        from planner.render import to_text
+
+        if table is not None:
+            return to_text(explain_table(self, table))
+        if rank is not None:
+            return to_text(explain_rank(self, rank))
+        return to_text(explain_plan(self))
+
+    def diff(self, other: ir.plan.Plan) -> str:
+        """What ``other`` changes with respect to this plan."""
+        from planner.diff import diff_plans, render_diff
+        from planner.render import to_text
+
+        return to_text(render_diff(diff_plans(self, other)))
+
+    def to_torchrec(self, module: nn.Module, **kwargs: Any) -> Any:
+        """A ``torchrec.distributed.types.ShardingPlan`` for ``module``.
+
+        Raises:
+            InputError: the plan is not for this module, or TorchRec would run it wrongly.
+        """
+        from codegen.torchrec import to_torchrec
+
+        return to_torchrec(self, module, **kwargs)
+
+    def apply(self, module: nn.Module, process_group: Any, **kwargs: Any) -> Any:
+        """``module`` sharded by this plan on ``process_group`` (a TorchRec DistributedModelParallel)."""
+        from codegen.torchrec import sharded_model
+
+        return sharded_model(self, module, process_group, **kwargs)
+
+    def _repr_html_(self) -> str:
+        from planner.render import summary, to_html
+
+        return to_html(summary(self))

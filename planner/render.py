@@ -1,0 +1,161 @@
+"""Plans as text: rich renderables, turned into plain text, terminal output or notebook HTML."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+import ir.plan
+from ir.plan import Event, Timeline
+from ir.units import format_bytes, format_count, format_seconds
+
+WIDTH = 100
+
+
+def to_text(what: RenderableType, width: int = WIDTH) -> str:
+    """Plain text without colour codes, the same on every machine."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None, legacy_windows=False).print(what)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip("\n").split("\n"))
+
+
+def to_html(what: RenderableType, width: int = WIDTH) -> str:
+    """A ``<pre>`` with inline styles, for notebooks."""
+    console = Console(record=True, width=width, file=io.StringIO(), force_jupyter=False)
+    console.print(what)
+    return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def grid(*columns: str) -> Table:
+    """A borderless table; a column name that starts with ``>`` is right-aligned."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    return table
+
+
+def percent(part: float, whole: float) -> str:
+    """``"12.3 %"`` of ``whole``."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def summary(plan: ir.plan.Plan, events: bool = True) -> RenderableType:
+    """One screen: the headline numbers, the certificate, the step, what was decided."""
+    parts: list[RenderableType] = [_headline(plan), Text()]
+    if events and plan.timeline.events:
+        parts += [Text("modelled step", style="bold"), timeline_chart(plan.timeline), Text()]
+    parts += [Text("decisions", style="bold"), _decisions(plan)]
+    if plan.warnings:
+        parts += [Text(), *(Text(f"warning: {warning}", style="yellow") for warning in plan.warnings)]
+    return Group(*parts)
+
+
+def _headline(plan: ir.plan.Plan) -> RenderableType:
+    topology, certificate, model = plan.topology, plan.certificate, plan.model
+    step = plan.timeline.step
+    fullest = max(plan.memory, key=lambda rank: rank.total / rank.limit)
+    rows = [
+        (
+            "plan",
+            f"{model.name} on {topology.name} ({topology.hosts} hosts x {topology.host_size} "
+            f"{topology.device.name}), {plan.mode}",
+        ),
+        (
+            "model",
+            f"{len(plan.table_plans)} tables, {format_count(model.embedding_params)} embedding parameters, "
+            f"{format_count(model.dense_params)} dense, {format_count(model.dense_flops)}FLOP forward a sample",
+        ),
+        (
+            "step",
+            f"{format_seconds(step)} modelled, {format_count(plan.workload.global_batch / step)} samples/s at "
+            f"global batch {plan.workload.global_batch:,}",
+        ),
+        (
+            "certificate",
+            f"embedding time {format_seconds(certificate.objective)}, proved no plan below "
+            f"{format_seconds(certificate.lower_bound)}: gap {100 * certificate.gap:.2f} % "
+            f"({certificate.status})",
+        ),
+        (
+            "memory",
+            f"fullest rank {fullest.rank}: {format_bytes(fullest.total)} of {format_bytes(fullest.limit)} "
+            f"usable ({percent(fullest.total, fullest.limit)})",
+        ),
+        ("digest", plan.digest.removeprefix("sha256:")[:16]),
+    ]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, Text(text))
+    return table
+
+
+def _decisions(plan: ir.plan.Plan) -> RenderableType:
+    counts = Counter(table.option for table in plan.table_plans)
+    table = grid("option", ">tables", ">parameters", ">of device time", "largest")
+    seconds = {name: sum(t.terms.values()) for name, t in plan.tables.items()}
+    total = sum(seconds.values())
+    for option, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        members = [t for t in plan.table_plans if t.option == option]
+        members.sort(key=lambda t: (-t.rows * t.dim, t.name))
+        names = ", ".join(t.name for t in members[:4])
+        table.add_row(
+            option,
+            str(count),
+            format_count(sum(t.rows * t.dim for t in members)),
+            percent(sum(seconds[t.name] for t in members), total),
+            names + (f" and {count - 4} more" if count > 4 else ""),
+        )
+    return table
+
+
+def timeline_chart(timeline: Timeline, width: int = 52) -> RenderableType:
+    """The step as bars: one line an op, grouped by stream; ``#`` is on the critical path."""
+    table = grid("stream", "op", ">time", f"0{format_seconds(timeline.step):>{width - 1}}")
+    streams = list(dict.fromkeys(event.stream for event in timeline.events))
+    for stream in streams:
+        for event in (e for e in timeline.events if e.stream == stream):
+            table.add_row(
+                stream, event.name, format_seconds(event.duration), _bar(event, timeline.step, width)
+            )
+            stream = ""
+    return Group(table, Text("# on the critical path, = hidden behind it", style="dim"))
+
+
+def _bar(event: Event, step: float, width: int) -> Text:
+    start = min(width - 1, int(event.start / step * width))
+    length = max(1, min(width - start, round(event.duration / step * width)))
+    mark = "#" if event.critical else "="
+    return Text(" " * start + mark * length, style="bold" if event.critical else "dim")
+
+
+def table_list(plan: ir.plan.Plan, names: Sequence[str] | None = None, limit: int = 20) -> RenderableType:
+    """Tables by device time, the costliest first."""
+    chosen = [plan.tables[name] for name in names] if names else list(plan.table_plans)
+    chosen.sort(key=lambda t: (-sum(t.terms.values()), t.name))
+    table = grid(
+        "table", ">rows", ">dim", "option", ">ranks", ">memory", ">device time", "runner-up", ">costs"
+    )
+    for t in chosen[:limit]:
+        up = t.runner_up
+        table.add_row(
+            t.name,
+            format_count(t.rows),
+            str(t.dim),
+            t.option,
+            str(len({shard.rank for shard in t.shards})),
+            format_bytes(sum(t.memory.values())),
+            format_seconds(sum(t.terms.values())),
+            up.option if up else "-",
+            f"+{format_seconds(up.delta)}" if up and up.delta is not None else "-",
+        )
+    more = len(chosen) - limit
+    note = [Text(f"... and {more} more (--all)", style="dim")] if more > 0 else []
+    return Group(table, *note)
