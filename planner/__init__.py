@@ -32,7 +32,7 @@ _PUBLIC = {
     "InfeasibleError": "ir.errors",
     "IRError": "ir.errors",
     "icdf_from_zipf": "ir.workload",
-    "verify": "planner.verify",
+    "verify": "planner.verification",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ir.workload import FeatureStats, Workload, icdf_from_zipf
     from planner.api import compile, topology
     from planner.plan import Plan
-    from planner.verify import verify
+    from planner.verification import verify
 
 
 def __getattr__(name: str) -> Any:

@@ -274,7 +274,7 @@ def diff(before: str, after: str, exit_code: bool, as_json: bool) -> None:
 @reports_errors
 def verify(plan: str, model: str | None, as_json: bool) -> None:
     """Check a plan's feasibility without the code that made it."""
-    from planner.verify import verify as check
+    from planner.verification import verify as check
 
     tables = None
     if model is not None:

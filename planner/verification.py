@@ -8,6 +8,7 @@ checked against what each sharding type means. Checks, in order: ``format``, ``t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -105,7 +106,7 @@ def _tiling_fault(table: TablePlan, shards: list[Shard]) -> str:
             return f"a shard reaches row {s.row + s.rows}, column {s.col + s.cols} outside {table.rows} x {table.dim}"
     shards = [s for s in shards if s.rows and s.cols]
     edges = sorted({0, table.rows, *(s.row for s in shards), *(s.row + s.rows for s in shards)})
-    for top, bottom in zip(edges, edges[1:], strict=False):
+    for top, bottom in itertools.pairwise(edges):
         spans = sorted((s.col, s.col + s.cols) for s in shards if s.row <= top and bottom <= s.row + s.rows)
         reached = 0
         for left, right in spans:
