@@ -1,0 +1,93 @@
+"""The constants of the cost models: few, each with a meaning, a unit and a source.
+
+A topology states data-sheet peaks; a :class:`Calibration` says how much of them kernels and
+collectives reach. The same constants serve every system of one device kind. ``row_efficiency`` and
+``kernel_seconds`` are the only ones fitted on step times; ``benchmarks/fidelity.py`` repeats the fit and
+prints how well it carries over to systems it has not seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ir.topology import Link, Topology
+
+# Names of links that belong to a device's own fabric rather than to a network of hosts.
+_FABRICS = ("nvlink", "pcie", "xgmi", "loopback")
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What fraction of a peak is reached, and what each operation costs at least.
+
+    Attributes:
+        row_efficiency: fraction of the peak memory bandwidth that gathering and updating embedding rows reaches.
+        stream_efficiency: fraction of the peak memory bandwidth that element-wise kernels reach.
+        gemm_efficiency: fraction of the peak FLOP/s that a large GEMM reaches.
+        gemm_tile: rows and columns of the output tile a GEMM is rounded up to.
+        kernel_seconds: seconds each dense kernel costs beyond its roofline (launch, fill, drain).
+        fabric_efficiency: fraction of a link's bandwidth that collectives reach inside a host or NVLink domain.
+        network_efficiency: the same for the network between hosts.
+        collective_seconds: seconds a collective takes at least, without the latency of its links.
+        bucket_bytes: gradient bytes gathered before one dense all-reduce starts.
+        source: where the constants come from, for the assumptions of a plan.
+    """
+
+    row_efficiency: float
+    stream_efficiency: float
+    gemm_efficiency: float
+    gemm_tile: int
+    kernel_seconds: float
+    fabric_efficiency: float
+    network_efficiency: float
+    collective_seconds: float
+    bucket_bytes: int
+    source: str
+
+    def link_bandwidth(self, link: Link) -> float:
+        """Bytes/s that one device gets through ``link``."""
+        return link.bandwidth * self.link_efficiency(link)
+
+    def link_efficiency(self, link: Link) -> float:
+        """Fraction of the link's peak that collectives reach."""
+        return self.fabric_efficiency if link.name.startswith(_FABRICS) else self.network_efficiency
+
+
+GPU = Calibration(
+    row_efficiency=0.7,
+    # BabelStream-class kernels; the row and GEMM terms dominate, so this one is not fitted.
+    stream_efficiency=0.85,
+    # 794.5 of 989 bf16 TFLOP/s on H100 (271.2/312 A100, 1745/2250 B200): stas00/ml-engineering, accelerators
+    gemm_efficiency=0.80,
+    # output tile of the large cuBLAS kernels
+    gemm_tile=128,
+    kernel_seconds=5e-6,
+    # 339.6 of 450 GB/s all-to-all on 8 H100: XLA's collective calibration table
+    fabric_efficiency=0.755,
+    # 45.3 of 50 GB/s a rank, all-to-all on 2x8 H200 with 400 Gbit/s NICs (busbw 85 x 8/15), 1 GiB
+    network_efficiency=0.91,
+    # floor of all-reduce at 32 KiB on 8 GPUs: H200 40 us, A100 44 us, B200 48 us (stas00/ml-engineering, network)
+    collective_seconds=40e-6,
+    # PyTorch DistributedDataParallel's default bucket_cap_mb
+    bucket_bytes=25 * 2**20,
+    source="fitted on the H100 1x8 and 8x8 rows of mlperf_dlrm.json; published measurements for the rest",
+)
+
+# Uncalibrated: round figures for gloo ranks that share the cores of one machine.
+CPU = Calibration(
+    row_efficiency=0.3,  # uncalibrated
+    stream_efficiency=0.5,  # uncalibrated
+    gemm_efficiency=0.5,  # uncalibrated
+    gemm_tile=16,  # vector width of AVX-512 in fp32
+    kernel_seconds=10e-6,  # PyTorch's dispatch of one op, uncalibrated
+    fabric_efficiency=0.5,  # uncalibrated
+    network_efficiency=0.5,  # uncalibrated
+    collective_seconds=300e-6,  # gloo over loopback, uncalibrated
+    bucket_bytes=25 * 2**20,  # PyTorch DistributedDataParallel's default bucket_cap_mb
+    source="uncalibrated",
+)
+
+
+def default_calibration(topology: Topology) -> Calibration:
+    """The constants for the topology's kind of device."""
+    return GPU if topology.device.kind == "gpu" else CPU

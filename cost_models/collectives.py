@@ -1,0 +1,118 @@
+"""Seconds of collectives on a two-level network: ``hosts`` hosts of ``host_size`` ranks.
+
+Symbols: n = host_size * hosts ranks, g = host_size, k = hosts, S bytes, B1 the bandwidth of one rank
+inside its host, B2 the bandwidth of one rank to other hosts (one NIC a rank). Every function returns
+the transfer time alone; :func:`latency` is what one collective costs on top.
+
+=========================== ====================================================================
+all_to_all, flat            max( S (g-1)/n / B1 , S g(k-1)/n / B2 ): both levels work at once
+all_to_all, rail            S (g-1)/g / B1 + S (k-1)/k / B2: gather in the host, then exchange
+reduce_scatter, all_gather  ring over as many channels as NICs: (n-1)/n S / min(B1, g B2)
+all_reduce                  reduce_scatter, then all_gather: 2(n-1)/n S / min(B1, g B2)
+=========================== ====================================================================
+
+Sources: NCCL's ring and its tuner (all-reduce busbw 384 GB/s by min(B1, g B2) on 4x8 B200 against 382
+measured), nccl-tests' definition of busbw, and the flat all-to-all of NCCL, which keeps one NIC a rank.
+A topology with more than two levels is priced at its narrowest outer link.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost_models.calibration import Calibration
+from ir.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What collectives see of a topology.
+
+    Attributes:
+        host_size: ranks in a host, g.
+        hosts: hosts, k.
+        intra: bytes/s one rank reaches inside its host, one direction.
+        inter: bytes/s one rank reaches to other hosts, one direction.
+        latency: seconds one collective takes at least.
+    """
+
+    host_size: int
+    hosts: int
+    intra: float
+    inter: float
+    latency: float
+
+    @property
+    def ranks(self) -> int:
+        """n."""
+        return self.host_size * self.hosts
+
+    @property
+    def ring(self) -> float:
+        """Bytes/s each rank moves around a ring that uses every NIC of a host."""
+        if self.hosts == 1:
+            return self.intra
+        if self.host_size == 1:
+            return self.inter
+        return min(self.intra, self.host_size * self.inter)
+
+
+def network(topology: Topology, calibration: Calibration) -> Network:
+    """The two-level view of ``topology`` with the bandwidths that collectives reach."""
+    inner, outer = topology.intra_link, topology.inter_link
+    latency = 0.0
+    if topology.world_size > 1:
+        latency = calibration.collective_seconds
+        latency += inner.latency if topology.host_size > 1 else 0.0
+        latency += outer.latency if topology.hosts > 1 else 0.0
+    return Network(
+        host_size=topology.host_size,
+        hosts=topology.hosts,
+        intra=calibration.link_bandwidth(inner),
+        inter=calibration.link_bandwidth(outer),
+        latency=latency,
+    )
+
+
+def latency(net: Network) -> float:
+    """Seconds a collective over all ranks takes at least; 0 with one rank."""
+    return net.latency
+
+
+def all_to_all(size: float, net: Network) -> float:
+    """Seconds to send ``size`` bytes, an equal part to every rank (one's own stays)."""
+    n, g = net.ranks, net.host_size
+    return max(size * (g - 1) / n / net.intra, size * (n - g) / n / net.inter)
+
+
+def all_to_all_rail(size: float, net: Network) -> float:
+    """Seconds of the two-step all-to-all: inside the host, then between ranks of equal position."""
+    g, k = net.host_size, net.hosts
+    return size * (g - 1) / g / net.intra + size * (k - 1) / k / net.inter
+
+
+def reduce_scatter(size: float, net: Network) -> float:
+    """Seconds to sum ``size`` bytes a rank and leave 1/n of the sum on each."""
+    return (net.ranks - 1) / net.ranks * size / net.ring
+
+
+def all_gather(size: float, net: Network) -> float:
+    """Seconds to give every rank all of ``size`` bytes, of which each holds 1/n."""
+    return reduce_scatter(size, net)
+
+
+def all_reduce(size: float, net: Network) -> float:
+    """Seconds to leave the sum of ``size`` bytes a rank on every rank."""
+    return reduce_scatter(size, net) + all_gather(size, net)
+
+
+def host_reduce_scatter(size: float, net: Network) -> float:
+    """Seconds of a reduce-scatter (or, the other way, an all-gather) among the ranks of each host."""
+    g = net.host_size
+    return (g - 1) / g * size / net.intra
+
+
+def cross_host_all_to_all(size: float, net: Network) -> float:
+    """Seconds to send ``size`` bytes, an equal part to the rank of equal position in every host."""
+    k = net.hosts
+    return (k - 1) / k * size / net.inter

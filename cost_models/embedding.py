@@ -1,0 +1,197 @@
+"""Seconds of embedding work that one unit of a sharding option puts on each rank holding it.
+
+Symbols: B global batch, W ranks, g ranks a host, k hosts; L ids per sample of the table (all its
+features), F its features (pooled outputs a sample; L for sequences), p the part of the rows a rank
+holds, w the unit's columns, e bytes of a weight, x bytes of an element on the wire, I = B L p ids
+(data-parallel: I = B L / W, and B / W samples).
+
+================= ==========================================================================
+lookup_forward    ids + rows gathered + outputs written:
+                  ( I id + I ceil(w e / G) G + B F w x ) / (r M), G the memory's granule
+lookup_backward   ids sorted + gradient rows gathered + distinct rows and state read and written:
+                  ( I (id + 4) 2 P + I w x + 2 U (w e + s) ) / (r M),
+                  P = ceil(log2(rows) / 8) radix passes, U = min(u I, rows) distinct rows, s state a row
+input_dist        all_to_all of I id + 4 B F bytes (lengths), received
+output_dist       rank scope: all_to_all of S = B F w x
+                  host scope: reduce-scatter of S in the host, all-to-all of S / g between hosts
+                  all scope: reduce-scatter of S over all ranks
+gradient_dist     the same exchange backwards; data-parallel: all-reduce of rows w e
+================= ==========================================================================
+
+M is the peak bandwidth of the device's first memory tier, r ``row_efficiency``. The exchange of a
+table-wise unit is charged to the rank that sends it (outputs) or receives it (ids); the other side of
+each exchange is spread evenly and never larger than the largest sender. Data-parallel tables update
+every row each step, as dense optimizers do. The forward charges one row read an id: fused kernels do
+not deduplicate. Sources: the data flows of TorchRec's sharding types; RecShard (ASPLOS 22) and
+TorchRec's estimator for bytes over bandwidth; radix sort with 8-bit digits as in CUB; collectives in
+:mod:`cost_models.collectives`.
+
+Costs add up per rank. What a phase costs however little it moves is in :func:`phase_overheads`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cost_models.calibration import Calibration
+from cost_models.collectives import (
+    Network,
+    all_reduce,
+    all_to_all,
+    cross_host_all_to_all,
+    host_reduce_scatter,
+    network,
+    reduce_scatter,
+)
+from ir.dtypes import nbytes
+from ir.ops import EmbeddingTable
+from ir.program import Mode
+from ir.sharding import ShardingOption, Unit
+from ir.topology import Topology
+from ir.workload import Workload
+
+PHASES: tuple[str, ...] = ("input_dist", "lookup_forward", "output_dist", "gradient_dist", "lookup_backward")
+"""The phases of embedding work in a step; each ends in a wait for the slowest rank."""
+
+LENGTH_BYTES = 4  # int32 lengths of a KeyedJaggedTensor
+SORT_VALUE_BYTES = 4  # position carried through the sort beside the id
+RADIX_BITS = 8  # digit of one radix pass (CUB's onesweep)
+
+_STATE_PER_ROW = {"sgd": 0.0, "rowwise_adagrad": 4.0, "adagrad": 0.0, "adam": 0.0}  # bytes, fp32
+_STATE_PER_ELEMENT = {"sgd": 0.0, "rowwise_adagrad": 0.0, "adagrad": 4.0, "adam": 8.0}  # bytes, fp32
+
+
+def state_bytes(optimizer: str, width: int) -> float:
+    """Bytes of optimizer state of one row block of ``width`` columns.
+
+    sgd 0; rowwise_adagrad 4 a row; adagrad 4 and adam 8 an element (fp32 state).
+    """
+    return _STATE_PER_ROW[optimizer] + _STATE_PER_ELEMENT[optimizer] * width
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a unit's holder looks up in one step.
+
+    Attributes:
+        ids: ids looked up on one rank, mean.
+        outputs: output rows (pooled or not) written on one rank.
+        lengths: lengths received by one rank.
+        distinct: distinct rows among the ids.
+        weight_bytes: bytes of per-sample weights that travel with the ids.
+    """
+
+    ids: float
+    outputs: float
+    lengths: float
+    distinct: float
+    weight_bytes: float
+
+
+def traffic(
+    table: EmbeddingTable, option: ShardingOption, unit: Unit, topology: Topology, workload: Workload
+) -> Traffic:
+    """Ids, outputs and distinct rows of one step on the rank that holds the unit's largest block."""
+    rows = max(block.rows for block in unit.blocks)
+    share = rows / table.rows
+    samples = workload.global_batch
+    if option.sharding_type == "data_parallel":
+        samples = workload.global_batch / topology.world_size  # type: ignore[assignment]
+    ids = outputs = distinct = weights = 0.0
+    for feature in table.features:
+        stats = workload.stats(feature)
+        here = samples * stats.pooling_factor * share
+        ids += here
+        outputs += here if table.pooling == "none" else samples
+        distinct += here * stats.unique_fraction
+        weights += 4.0 * here if stats.weighted or table.weighted else 0.0
+    return Traffic(ids, outputs, samples * len(table.features), min(distinct, rows), weights)
+
+
+def _forward_seconds(
+    moved: Traffic, width: int, topology: Topology, workload: Workload, item: float
+) -> float:
+    tier = topology.device.tiers[0]
+    row = math.ceil(width * item / tier.granule) * tier.granule
+    read = moved.ids * (workload.id_bytes + row) + moved.weight_bytes
+    written = moved.outputs * width * nbytes(workload.exchange_dtype)
+    return read / tier.read_bandwidth + written / tier.write_bandwidth
+
+
+def _backward_seconds(
+    moved: Traffic, width: int, rows: int, dense: bool, topology: Topology, workload: Workload, item: float
+) -> float:
+    tier = topology.device.tiers[0]
+    row = math.ceil(width * item / tier.granule) * tier.granule
+    state = state_bytes(workload.optimizer, width)
+    passes = math.ceil(math.log2(max(rows, 2)) / RADIX_BITS)
+    sort = moved.ids * (workload.id_bytes + SORT_VALUE_BYTES) * passes
+    gradient = moved.ids * width * nbytes(workload.exchange_dtype)
+    # a dense gradient is zeroed, accumulated and read, and then every row is updated
+    updated = rows if dense else moved.distinct
+    read = sort + gradient + updated * (row + state + (row if dense else 0))
+    written = sort + updated * (row + state + (row if dense else 0))
+    return read / tier.read_bandwidth + written / tier.write_bandwidth
+
+
+def _exchange_seconds(option: ShardingOption, size: float, net: Network) -> float:
+    """Seconds a holder needs to hand on (or to be handed, backwards) ``size`` bytes of outputs."""
+    if option.scope == "rank":
+        return all_to_all(size, net)
+    if option.scope == "host":
+        return host_reduce_scatter(size, net) + cross_host_all_to_all(size / net.host_size, net)
+    return reduce_scatter(size, net)
+
+
+def unit_seconds(
+    table: EmbeddingTable,
+    option: ShardingOption,
+    unit: Unit,
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
+    mode: Mode,
+) -> dict[str, float]:
+    """Seconds by phase that ``unit`` adds to each rank holding it, its largest block counted.
+
+    The backward phases are 0 in inference. Additive over the units of a rank.
+    """
+    moved = traffic(table, option, unit, topology, workload)
+    net = network(topology, calibration)
+    width, rows = unit.blocks[0].cols, max(block.rows for block in unit.blocks)
+    item = nbytes(table.dtype)
+    copied = option.sharding_type == "data_parallel"
+    forward = _forward_seconds(moved, width, topology, workload, item) / calibration.row_efficiency
+    seconds = dict.fromkeys(PHASES, 0.0)
+    seconds["lookup_forward"] = forward
+    size = moved.outputs * width * nbytes(workload.exchange_dtype)
+    if not copied:
+        index = moved.ids * workload.id_bytes + moved.lengths * LENGTH_BYTES + moved.weight_bytes
+        seconds["input_dist"] = all_to_all(index, net)
+        seconds["output_dist"] = _exchange_seconds(option, size, net)
+    if mode == "train":
+        backward = _backward_seconds(moved, width, rows, copied, topology, workload, item)
+        seconds["lookup_backward"] = backward / calibration.row_efficiency
+        seconds["gradient_dist"] = all_reduce(rows * width * item, net) if copied else seconds["output_dist"]
+    return seconds
+
+
+def phase_overheads(
+    topology: Topology, workload: Workload, calibration: Calibration, mode: Mode
+) -> dict[str, float]:
+    """Seconds by phase that no assignment changes: collective latency, kernel launches.
+
+    Ids travel in two collectives (lengths, then ids); lookups are one fused kernel forward, and sort
+    plus update backward.
+    """
+    net = network(topology, calibration)
+    kernel = calibration.kernel_seconds
+    train = mode == "train"
+    return {
+        "input_dist": 2 * net.latency,
+        "lookup_forward": kernel,
+        "output_dist": net.latency,
+        "gradient_dist": net.latency if train else 0.0,
+        "lookup_backward": 2 * kernel if train else 0.0,
+    }

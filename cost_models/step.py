@@ -1,0 +1,151 @@
+"""One training or serving step of a recommender as ops on two streams.
+
+Training, with the streams in the order their ops are issued (a synchronous pipeline that exchanges the
+ids of the next batch during this one, as TorchRec's sparse-dist pipeline does)::
+
+    compute: lookup_forward | bottom forward | top forward | top backward, bucket by bucket |
+             bottom backward | lookup_backward | dense optimizer
+    network: output_dist | input_dist of the next batch | all-reduce of each finished bucket |
+             gradient_dist | all-reduce of the bottom part
+
+The network stream is one physical fabric, so its collectives queue. In inference the ids of this
+batch come first and nothing follows the top forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from cost_models.calibration import Calibration
+from cost_models.collectives import all_reduce, network
+from cost_models.compute import BACKWARD_FACTOR, input_bytes, op_seconds, stream_seconds
+from cost_models.timeline import TimedOp, schedule
+from ir.dtypes import nbytes
+from ir.ops import Op
+from ir.plan import Timeline
+from ir.program import Mode, Model
+from ir.topology import Topology
+from ir.workload import Workload
+
+
+def dense_seconds(
+    model: Model, topology: Topology, workload: Workload, calibration: Calibration
+) -> dict[str, float]:
+    """Forward seconds of each dense op on one rank's samples."""
+    samples = workload.global_batch / topology.world_size
+    fed = input_bytes(model.ops)
+    return {
+        op.name: op_seconds(op, samples, fed[op.name], workload.compute_dtype, topology.device, calibration)
+        for op in model.ops
+    }
+
+
+def _buckets(ops: Sequence[Op], item: float, limit: float) -> Iterator[list[Op]]:
+    """Ops in backward order, cut where the gradients of a bucket reach ``limit`` bytes."""
+    bucket: list[Op] = []
+    size = 0.0
+    for op in reversed(ops):
+        bucket.append(op)
+        size += op.params * item
+        if size >= limit:
+            yield bucket
+            bucket, size = [], 0.0
+    if bucket:
+        yield bucket
+
+
+def step_timeline(
+    model: Model,
+    phase_seconds: Mapping[str, float],
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
+    mode: Mode,
+) -> Timeline:
+    """The modelled step.
+
+    Args:
+        model: its dense ops are priced here.
+        phase_seconds: seconds of each embedding phase on its slowest rank, overheads included.
+        topology: where.
+        workload: batch and element types.
+        calibration: constants.
+        mode: "train" or "inference".
+    """
+    forward = dense_seconds(model, topology, workload, calibration)
+    bottom = [op for op in model.ops if op.phase == "bottom"]
+    top = [op for op in model.ops if op.phase != "bottom"]
+    below = {op.name: forward[op.name] for op in bottom if forward[op.name] > 0}
+    above = {op.name: forward[op.name] for op in top if forward[op.name] > 0}
+    ops: list[TimedOp] = []
+    lookup_after: tuple[str, ...] = ()
+    if mode == "inference":
+        ops.append(TimedOp("input_dist", "network", phase_seconds["input_dist"]))
+        lookup_after = ("input_dist",)
+    ops += [
+        TimedOp("lookup_forward", "compute", phase_seconds["lookup_forward"], lookup_after),
+        TimedOp("bottom_forward", "compute", sum(below.values()), (), below),
+        TimedOp("output_dist", "network", phase_seconds["output_dist"], ("lookup_forward",)),
+        TimedOp("top_forward", "compute", sum(above.values()), ("output_dist",), above),
+    ]
+    if mode == "train":
+        # the next batch's ids: the slot between the two output exchanges is the free one
+        ops.append(TimedOp("input_dist_next", "network", phase_seconds["input_dist"]))
+        ops += _backward(bottom, top, forward, phase_seconds, topology, workload, calibration)
+    return schedule(ops)
+
+
+def _backward(
+    bottom: Sequence[Op],
+    top: Sequence[Op],
+    forward: Mapping[str, float],
+    phase_seconds: Mapping[str, float],
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
+) -> list[TimedOp]:
+    """Backward passes, gradient exchanges and the dense update, in issue order."""
+    net = network(topology, calibration)
+    item = nbytes(workload.compute_dtype)
+    ops: list[TimedOp] = []
+    reduced: list[str] = []
+
+    def chunk(name: str, part: Sequence[Op], after: tuple[str, ...]) -> str:
+        terms = {op.name: BACKWARD_FACTOR * forward[op.name] for op in part if forward[op.name] > 0}
+        ops.append(TimedOp(name, "compute", sum(terms.values()), after, terms))
+        return name
+
+    def reduce(name: str, part: Sequence[Op], after: str) -> None:
+        size = sum(op.params for op in part) * item
+        if size > 0 and net.ranks > 1:
+            moved = all_reduce(size, net)
+            ops.append(
+                TimedOp(
+                    name,
+                    "network",
+                    moved + net.latency,
+                    (after,),
+                    {"transfer": moved, "latency": net.latency},
+                )
+            )
+            reduced.append(name)
+
+    last = "top_forward"
+    pending: list[tuple[str, list[Op], str]] = []
+    for index, part in enumerate(_buckets(top, item, calibration.bucket_bytes)):
+        last = chunk(f"top_backward_{index}", part, (last,))
+        pending.append((f"all_reduce_top_{index}", part, last))
+    for name, part, after in pending[:-1]:
+        reduce(name, part, after)
+    # gradients of the embeddings are what the lookups wait for; the last bucket can wait
+    ops.append(TimedOp("gradient_dist", "network", phase_seconds["gradient_dist"], (last,)))
+    for name, part, after in pending[-1:]:
+        reduce(name, part, after)
+    below = chunk("bottom_backward", list(reversed(bottom)), (last,))
+    reduce("all_reduce_bottom", bottom, below)
+    ops.append(TimedOp("lookup_backward", "compute", phase_seconds["lookup_backward"], ("gradient_dist",)))
+    params = float(sum(op.params for op in (*bottom, *top)))
+    # plain SGD of the dense part: read weight and gradient, write weight, all fp32
+    update = stream_seconds(8 * params, 4 * params, topology.device, calibration)
+    ops.append(TimedOp("dense_update", "compute", update, tuple(reduced)))
+    return ops
