@@ -1,0 +1,1 @@
+"""Other planners' objectives, stated as assignment problems so that the same solver can optimise them."""

@@ -1,0 +1,78 @@
+"""The assignment problem: which option each table takes, and where its pieces go.
+
+Plain records without behaviour, so that a cost model can state a problem and a pass can solve it.
+
+``ranks = hosts * host_size`` identical ranks, ``host_size`` of them a host. A table takes exactly one of
+its options; an option is a bag of pieces. The objective is the sum over phases of the largest load of
+any rank in that phase: phases end in a collective, which waits for the slowest rank. With one phase it
+is the largest load. Every rank holds at most ``capacity`` bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Scope = Literal["rank", "host", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``count`` identical pieces of a table.
+
+    Attributes:
+        scope: "rank" goes to one rank; "host" to one host and loads each rank of it equally; "all" is on
+            every rank, wherever the rest goes.
+        load: seconds per phase on EACH rank that the piece lands on.
+        memory: bytes on each such rank.
+        count: identical copies to place ("all" pieces have no place: their count multiplies the load).
+    """
+
+    scope: Scope
+    load: tuple[float, ...]
+    memory: float
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to shard one table.
+
+    Attributes:
+        label: what people call it.
+        pieces: what it puts on the machine.
+        together: all pieces of scope "rank" must land in one host.
+        distinct: no two pieces of the option may share a rank (scope "rank") or a host (scope "host").
+        allowed_ranks: pieces of scope "rank" may only use these; None allows all.
+    """
+
+    label: str
+    pieces: tuple[Piece, ...]
+    together: bool = False
+    distinct: bool = False
+    allowed_ranks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Tables with their options, and the machine.
+
+    Attributes:
+        names: of the tables.
+        options: of each table, at least one.
+        hosts, host_size: the machine; rank ``r`` lives in host ``r // host_size``.
+        capacity: bytes a rank.
+        phases: names of the K entries of every load.
+    """
+
+    names: tuple[str, ...]
+    options: tuple[tuple[Option, ...], ...]
+    hosts: int
+    host_size: int
+    capacity: float
+    phases: tuple[str, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the machine."""
+        return self.hosts * self.host_size

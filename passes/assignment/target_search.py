@@ -1,0 +1,167 @@
+"""Choose options and pack them at once: local search on the choice, judged by the packing it allows.
+
+The relaxation proposes the options of least average load; they pack badly when their pieces are large.
+The search changes the option of one or two tables at a time, packs the whole again under a target one
+per cent below the best known, and walks by simulated annealing on the overflow (Kirkpatrick, Gelatt,
+Vecchi 1983). A walk without overflow is a better solution; the target then moves down.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from passes.assignment.budget import Budget
+from passes.assignment.compiled import Compiled
+from passes.assignment.packing import BY_LOAD, BY_MEMORY, ORDERS, Packed, Packer
+
+STEP = 0.01  # the target is this fraction below the incumbent; tuned on the DCNv2 cases of vs_torchrec
+HEAT = 0.01  # temperature as a fraction of the bound; tuned likewise
+SPREAD = 0.02  # options cost this fraction of the bound more per factor e of being tried less often
+PAIR = 0.4  # share of moves that change two tables
+REORDER = 0.1  # share of moves that change the packing order
+PIECE_WORK = 1.3e-6  # seconds a packed piece, measured on one core of the development machine
+PACK_WORK = 12e-6  # seconds a packing, measured likewise
+TABLE_WORK = 0.8e-6  # seconds a table in a packing, measured likewise
+
+
+@dataclass(slots=True)
+class Incumbent:
+    """Best packing found so far; ``value`` is the objective, infinity before the first feasible one."""
+
+    value: float = math.inf
+    scalar: float = math.inf  # largest load, all phases together
+    choice: list[int] = field(default_factory=list)
+    placement: list[list[int]] = field(default_factory=list)
+
+
+class TargetSearch:
+    """One run over one problem; deterministic for a given seed and budget.
+
+    ``value`` turns a choice and a placement into the objective; None takes the largest load (one phase).
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        bound: float,
+        price: float,
+        budget: Budget,
+        seed: int,
+        value: Callable[[Sequence[int], list[list[int]]], float] | None,
+    ) -> None:
+        self.compiled, self.bound, self.budget = compiled, bound, budget
+        self.packer = Packer(compiled)
+        self.value = value
+        self.random = random.Random(seed)
+        self.best = Incumbent()
+        self.scale = max(bound, 1e-300)
+        cost = np.where(compiled.usable, compiled.total_share + price * compiled.mean_memory, np.inf)
+        self.weights: list[list[float]] = []
+        for t in range(compiled.tables):
+            row = cost[compiled.start[t] : compiled.start[t + 1]]
+            with np.errstate(over="ignore"):
+                chance = np.exp(-(row - row.min()) / (SPREAD * self.scale))
+            self.weights.append(list(np.cumsum(chance / chance.sum())))
+        self.free = [t for t, row in enumerate(self.weights) if not _settled(row)]
+
+    def pack(self, choice: Sequence[int], target: float, order: int) -> Packed:
+        """Pack, pay for it, and remember a feasible result that beats the incumbent."""
+        packed = self.packer.pack(choice, target, order)
+        self.budget.spend(PACK_WORK + PIECE_WORK * packed.pieces + TABLE_WORK * len(choice))
+        if packed.excess <= 0:
+            self._offer(choice, target, order, packed)
+        return packed
+
+    def _offer(self, choice: Sequence[int], target: float, order: int, packed: Packed) -> None:
+        best = self.best
+        if self.value is None:
+            if packed.largest >= best.value * (1 - 1e-12):
+                return
+        elif packed.largest > min(best.scalar * 1.02, best.value):
+            return
+        placement = self.packer.pack(choice, target, order, keep=True).placement
+        assert placement is not None
+        value = packed.largest if self.value is None else self.value(choice, placement)
+        best.scalar = min(best.scalar, packed.largest)
+        if value < best.value:
+            best.value, best.choice, best.placement = value, list(choice), placement
+
+    def multifit(self, choice: Sequence[int], order: int, steps: int) -> None:
+        """Bisect the target for one choice and one packing order."""
+        flat = self.compiled.start[:-1] + np.asarray(choice)
+        low = max(self.bound, float(self.compiled.total_share[flat].sum()))
+        high = min(self.best.scalar, 2 * max(low, float(self.compiled.total_biggest[flat].max())))
+        for _ in range(steps):
+            target = 0.5 * (low + high)
+            packed = self.pack(choice, target, order)
+            if packed.overflow > 0 or packed.excess > 0:
+                low = target
+                high = min(high, max(packed.largest, low)) if packed.excess <= 0 else high
+            else:
+                high = min(target, packed.largest)
+            if high - low < 1e-4 * high:
+                break
+
+    def start(self, choices: Iterable[Sequence[int]], steps: int = 6) -> None:
+        """Pack starting choices."""
+        for choice in choices:
+            for order in (*ORDERS, BY_MEMORY):
+                self.multifit(choice, order, steps)
+                if self.budget.spent():
+                    return
+
+    def _neighbour(self, choice: list[int]) -> list[int]:
+        new = list(choice)
+        for _ in range(2 if self.random.random() < PAIR else 1):
+            t = self.free[int(self.random.random() * len(self.free))]
+            row = self.weights[t]
+            new[t] = _draw(row, self.random.random())
+        return new
+
+    def walk(self, choice: Sequence[int], stop: float = 0.0) -> None:
+        """Anneal from a choice until the budget is spent or the gap to the bound is below ``stop``."""
+        if not self.free:
+            return
+        here, order = list(choice), BY_LOAD
+        target, energy = self._retarget(here, order)
+        heat = HEAT * self.scale
+        while not self.budget.spent() and self.best.value > self.bound * (1 + stop):
+            new, new_order = self._neighbour(here), order
+            if self.random.random() < REORDER:
+                new_order = int(self.random.random() * (len(ORDERS) + 1))
+            if new == here and new_order == order:
+                self.budget.spend(2e-6)  # a draw without a packing, measured likewise
+                continue
+            scalar = self.best.scalar
+            packed = self.pack(new, target, new_order)
+            there = self._energy(packed)
+            if there <= energy or self.random.random() < math.exp((energy - there) / heat):
+                here, order, energy = new, new_order, there
+            if self.best.scalar < scalar or energy <= 0:
+                target, energy = self._retarget(here, order)
+
+    def _energy(self, packed: Packed) -> float:
+        return packed.overflow + self.scale * packed.excess / self.packer.capacity
+
+    def _retarget(self, choice: list[int], order: int) -> tuple[float, float]:
+        goal = self.best.scalar if math.isfinite(self.best.scalar) else 2 * self.scale
+        target = max(self.bound, goal * (1 - STEP))
+        return target, self._energy(self.pack(choice, target, order))
+
+
+def _settled(row: list[float]) -> bool:
+    """Whether one option has nearly all the chance: a table that is left alone."""
+    steps = [b - a for a, b in zip([0.0, *row[:-1]], row, strict=True)]
+    return max(steps) > 0.98
+
+
+def _draw(row: list[float], u: float) -> int:
+    for i, edge in enumerate(row):
+        if u < edge:
+            return i
+    return max(i for i in range(len(row)) if row[i] > (row[i - 1] if i else 0.0))
