@@ -20,7 +20,7 @@ class Group(NamedTuple):
     scope: int  # RANK or HOST
     load: float  # seconds on each rank, all phases together
     memory: float  # bytes on each rank
-    count: int
+    copies: int
     phases: tuple[float, ...]
     first: int  # index of the first piece in the option's placement
 
@@ -64,7 +64,8 @@ class Compiled:
         return len(self.choices)
 
 
-def _choice(option: Option, what: str, phases: int) -> Choice:
+def compile_option(option: Option, phases: int, what: str = "an option") -> Choice:
+    """An option as the packer sees it; raises InputError on bad loads."""
     groups: list[Group] = []
     fixed = fixed_memory = 0.0
     cursor = 0
@@ -104,10 +105,10 @@ def _impossible(choice: Choice, problem: Problem) -> bool:
     if spare < 0 or any(group.memory > spare for group in choice.groups):
         return True
     places = {RANK: ranks, HOST: hosts}
-    if choice.distinct and any(group.count > places[group.scope] for group in choice.groups):
+    if choice.distinct and any(group.copies > places[group.scope] for group in choice.groups):
         return True
     rank_bytes = sum(
-        g.memory * g.count * (problem.host_size if g.scope == HOST else 1) for g in choice.groups
+        g.memory * g.copies * (problem.host_size if g.scope == HOST else 1) for g in choice.groups
     )
     limit = problem.ranks if any(g.scope == HOST for g in choice.groups) else ranks
     return rank_bytes > spare * limit * (1 + 1e-12)
@@ -144,7 +145,7 @@ def compile_problem(problem: Problem) -> Compiled:
             raise InputError(f"table {name!r} has no option to choose from")
         known = memo.get(options)
         if known is None:
-            made = tuple(_choice(o, f"option {o.label!r} of table {name!r}", phases) for o in options)
+            made = tuple(compile_option(o, phases, f"option {o.label!r} of table {name!r}") for o in options)
             fine = [not _impossible(c, problem) and not _dominated(made, i) for i, c in enumerate(made)]
             known = memo[options] = (made, fine)
         choices.append(known[0])
@@ -195,7 +196,7 @@ def _row(
     share, largest = list(fixed), [0.0] * phases
     memory = choice.fixed_memory
     for group in choice.groups:
-        part = group.count / (hosts if group.scope == HOST else ranks)
+        part = group.copies / (hosts if group.scope == HOST else ranks)
         memory += part * group.memory
         for k in range(phases):
             share[k] += part * group.phases[k]

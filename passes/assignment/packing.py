@@ -59,15 +59,15 @@ class Packer:
             choice = self.choices[t][chosen[t]]
             if choice.plain:
                 where = bins.place_group(group)
-                pieces += group.count
+                pieces += group.copies
                 if places is not None:
-                    places[t][group.first : group.first + group.count] = where
+                    places[t][group.first : group.first + group.copies] = where
             elif t not in done:
                 done.add(t)
                 for group_, where in bins.place_bound(choice):
-                    pieces += group_.count
+                    pieces += group_.copies
                     if places is not None:
-                        places[t][group_.first : group_.first + group_.count] = where
+                        places[t][group_.first : group_.first + group_.copies] = where
         return Packed(bins.overflow, bins.excess, bins.order[-1][0], pieces, places)
 
     def _key(self, group: Group, order: int, target: float) -> float:
@@ -98,8 +98,8 @@ class _Bins:
     def place_group(self, group: Group) -> list[int]:
         """Place all pieces of a group that is free to go anywhere."""
         if group.scope == HOST:
-            return [self._to_host(self._best_host(group, None), group) for _ in range(group.count)]
-        return [self._to_rank(self._best_rank(group, None), group) for _ in range(group.count)]
+            return [self._to_host(self._best_host(group, None), group) for _ in range(group.copies)]
+        return [self._to_rank(self._best_rank(group, None), group) for _ in range(group.copies)]
 
     def place_bound(self, choice: Choice) -> list[tuple[Group, list[int]]]:
         """Place an option whose pieces must be together, distinct or on given ranks."""
@@ -110,7 +110,7 @@ class _Bins:
         used: set[int] = set()
         for group in choice.groups:
             where = []
-            for _ in range(group.count):
+            for _ in range(group.copies):
                 if group.scope == HOST:
                     hosts = {h for h in range(self.hosts) if self._host_inside(h, choice.allowed)}
                     place = self._to_host(self._best_host(group, hosts - used or hosts), group)
@@ -130,7 +130,7 @@ class _Bins:
         """The ranks of the host that takes all pieces of an option with the least overflow."""
         best: tuple[float, float, float, int] | None = None
         home: list[int] = []
-        pieces = [group for group in choice.groups for _ in range(group.count)]
+        pieces = [group for group in choice.groups for _ in range(group.copies)]
         for host in range(self.hosts):
             ranks = range(host * self.size, (host + 1) * self.size)
             free = [rank for rank in ranks if choice.allowed is None or rank in choice.allowed]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-
 from passes.assignment import infeasible
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import Compiled, compile_problem
