@@ -1,0 +1,184 @@
+"""The compiled kernels behind tensors: same results as the torch path, one pass over the data.
+
+Used for contiguous float32 CPU tensors. Work is cut into pieces of whole rows that do not depend on the
+number of threads, so neither do the results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from codegen.runtime import _native
+from codegen.runtime.mx_blocks import MIN_TENSOR_SCALE, from_blocks, mode_offset, pad_to_blocks, to_blocks
+from codegen.runtime.mx_elements import FRACTION_BITS, divide
+from ir.formats import ELEMENTS, Format, parse_format
+
+Result = TypeVar("Result")
+
+PIECE = 1 << 20  # elements; 4 MiB of input: large against a call, small against memory
+BLOCKS = (16, 32)  # block sizes that the kernels are built for
+MAX_FORMATS = 8  # MAX_FORMATS of kernels.c
+
+
+class _Grid(ctypes.Structure):
+    """``grid_t`` of kernels.c."""
+
+    _fields_ = (
+        ("pmin", ctypes.c_int32),
+        ("magic", ctypes.c_float),
+        ("half", ctypes.c_float),
+        ("max", ctypes.c_int32),
+        ("offset", ctypes.c_int32),
+        ("emax", ctypes.c_int32),
+        ("away", ctypes.c_int32),
+    )
+
+
+def _bits(value: float) -> int:
+    return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value
+
+
+@functools.lru_cache(maxsize=256)
+def _grid(format: Format) -> _Grid:
+    element = format.element
+    return _Grid(
+        _bits(2.0**element.emin),
+        2.0 ** (FRACTION_BITS - element.mantissa),
+        2.0 ** (-element.mantissa - 1),
+        _bits(element.max),
+        mode_offset(element, format.scale_mode),
+        element.emax,
+        format.rounding == "away",
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """The kernels, after a check against the torch path on values of every binade."""
+    library = _native.load()
+    if library is None:
+        return None
+    library.shardwright_finite_max.restype = ctypes.c_float
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (8, 333), generator=generator)
+    wild = bits.to(torch.int32).view(torch.float32)
+    sample = torch.cat([torch.randn(8, 333, generator=generator), wild])
+    for name in ("mxfp8_e4m3", "mxfp4_e2m1:even:away", "mxint8:rceil", "mx9", "nvfp4", "msfp12"):
+        format = parse_format(name)
+        torch_path = from_blocks(to_blocks(pad_to_blocks(sample, format.block), format), format)
+        expected = torch_path.reshape(len(sample), -1)[:, : sample.shape[1]].contiguous()
+        if not torch.equal(_run(library, sample, format).view(torch.int32), expected.view(torch.int32)):
+            _native.reject(f"they differ from the torch path for {name} on this machine")
+            return None
+    return library
+
+
+def usable(x: Tensor, format: Format) -> bool:
+    """Whether :func:`quantize_dequantize` has a kernel for this tensor and format."""
+    if x.device.type != "cpu" or format.granularity != "block" or format.block not in BLOCKS:
+        return False
+    if format.sub_block and (format.sub_block, format.sub_bits, format.block) != (2, 1, 16):
+        return False
+    if format.scale == "e4m3" and format.block != 16:
+        return False
+    return _library() is not None
+
+
+def quantize_dequantize(x_rn: Tensor, format: Format) -> Tensor:
+    """Quantise and dequantise a contiguous float32 (rows, n) CPU tensor whose format is :func:`usable`."""
+    library = _library()
+    assert library is not None
+    return _run(library, x_rn, format)
+
+
+def _run(library: ctypes.CDLL, x_rn: Tensor, format: Format) -> Tensor:
+    out = torch.empty_like(x_rn)
+    n = x_rn.shape[1]
+    grid = ctypes.byref(_grid(format))
+    pieces = _pieces(x_rn, format.block)
+    if format.scale == "e4m3":
+        maxima = _map(
+            lambda at, rows, n: library.shardwright_finite_max(_at(x_rn, at), _i64(rows), _i64(n)), pieces
+        )
+        # the same float32 operations as mx_blocks, on one number
+        whole = torch.tensor(max(maxima), dtype=torch.float32)
+        scale = divide(whole, ELEMENTS["e4m3"].max * format.element.max).clamp(min=MIN_TENSOR_SCALE)
+        scales = ctypes.c_float(scale.item()), ctypes.c_float(divide(1.0, scale).item())
+
+        def nvfp4(at: int, rows: int, n: int) -> int:
+            xy = _at(x_rn, at), _at(out, at)
+            return int(library.shardwright_qdq_nvfp4(*xy, _i64(rows), _i64(n), *scales, grid))
+
+        codes = _map(nvfp4, pieces)
+    else:
+        kernel = library.shardwright_qdq_pairs if format.sub_block else library.shardwright_qdq_mx
+
+        def blocks(at: int, rows: int, n: int) -> int:
+            size = ctypes.c_int32(format.block)
+            return int(kernel(_at(x_rn, at), _at(out, at), _i64(rows), _i64(n), size, grid))
+
+        codes = _map(blocks, pieces)
+    assert not any(codes), (format.id, n)
+    return out
+
+
+def qsnr_sums(x_rn: Tensor, formats: tuple[Format, ...]) -> tuple[list[float], float] | None:
+    """Squared error of each format and squared signal, over a contiguous float32 (rows, n) CPU tensor.
+
+    One read serves all formats. Returns None where there is no kernel (blocks other than 32, sub-blocks,
+    more than 8 formats) or a value is not finite.
+    """
+    library = _library()
+    alike = all(f.scale == "e8m0" and f.block == 32 and not f.sub_block for f in formats)
+    if library is None or not alike or not 0 < len(formats) <= MAX_FORMATS or x_rn.device.type != "cpu":
+        return None
+    grids = (_Grid * len(formats))(*(_grid(format) for format in formats))
+    doubles = ctypes.c_double * (len(formats) + 1)
+
+    def sums(at: int, rows: int, n: int) -> list[float] | None:
+        result = doubles()
+        count = ctypes.c_int32(len(formats))
+        failed = library.shardwright_qsnr32(_at(x_rn, at), _i64(rows), _i64(n), grids, count, result)
+        return None if failed else list(result)
+
+    parts = []
+    for part in _map(sums, _pieces(x_rn, 32)):
+        if part is None:
+            return None
+        parts.append(part)
+    *noise, signal = (math.fsum(column) for column in zip(*parts, strict=True))
+    return noise, signal
+
+
+_i64 = ctypes.c_int64
+
+
+def _at(x: Tensor, element: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr() + 4 * element)
+
+
+def _pieces(x_rn: Tensor, block: int) -> list[tuple[int, int, int]]:
+    """(first element, rows, elements of a row) of pieces of whole rows, or of whole blocks of one row."""
+    rows, n = x_rn.shape
+    if n <= PIECE:
+        step = max(1, PIECE // max(1, n))
+        return [(row * n, min(step, rows - row), n) for row in range(0, rows, step)]
+    wide = PIECE // block * block
+    return [(row * n + at, 1, min(wide, n - at)) for row in range(rows) for at in range(0, n, wide)]
+
+
+def _map(call: Callable[[int, int, int], Result], pieces: list[tuple[int, int, int]]) -> list[Result]:
+    """``call`` on every piece, in order, on as many threads as torch uses; ctypes releases the GIL."""
+    threads = min(torch.get_num_threads(), len(pieces))
+    if threads <= 1:
+        return [call(*piece) for piece in pieces]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda piece: call(*piece), pieces))
