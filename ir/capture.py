@@ -6,16 +6,17 @@ The graph comes from ``torch.fx`` (:mod:`ir.capture_trace`), shapes from propaga
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ir.capture_embeddings import TableIndex, dtype_name, is_collection, is_jagged
+from ir.capture_embeddings import TableIndex, dtype_name, is_jagged
 from ir.capture_inputs import DEFAULT_BATCH, batch_of, bind, constants, infer, own_inputs
 from ir.capture_shapes import Fact, Propagation, attribute, operator_name
-from ir.capture_trace import trace
+from ir.capture_trace import PlannerTracer, trace, whole
 from ir.errors import InputError
 from ir.ops import Op
 from ir.program import Model
@@ -77,36 +78,38 @@ def capture(
     if batch is not None and batch < 1:
         raise InputError(f"batch must be at least 1, not {batch}")
     name = name or type(model).__name__
-    strip = ""
-    if is_collection(model):
-        model, strip = _Wrapper(model), f"{_ROOT}."
-
     inputs = example_inputs if example_inputs is not None else own_inputs(model, batch)
     given = None if inputs is None else bind(model, inputs)
-    locations: dict[str, tuple[str, int]] = {}
-    if isinstance(model, torch.fx.GraphModule):
-        graph = model.graph
-    else:
-        graph, locations = trace(model, constants(model, given))
+    root, graph, locations, wrapper = _graph(model, given)
     if given is None:
-        given = infer(graph, model, batch or DEFAULT_BATCH)
-    batch = batch or batch_of(given) or DEFAULT_BATCH
+        given = infer(graph, root, batch or DEFAULT_BATCH)
 
-    index = TableIndex(model, strip)
-    facts = Propagation(model, index, locations).run(graph, given)
+    index = TableIndex(root, wrapper)
+    facts = Propagation(root, index, locations).run(graph, given)
     tables = index.tables()
-    return Model(name, tables, _Records(model, index, facts, batch, strip).ops(graph))
+    samples = batch or batch_of(given) or _looked_up(facts) or DEFAULT_BATCH
+    return Model(name, tables, _Records(root, index, facts, samples).ops(graph))
 
 
-class _Wrapper(nn.Module):
-    """Holds a collection that is the whole model, so that the trace keeps it as one node."""
+def _graph(
+    model: nn.Module, given: Mapping[str, Any] | None
+) -> tuple[nn.Module, torch.fx.Graph, dict[str, tuple[str, int]], str]:
+    """The module to propagate through, its graph, the source of each node, and the name of a wrapper."""
+    if isinstance(model, torch.fx.GraphModule):
+        return model, model.graph, {}, ""
+    fixed = constants(model, given)
+    if not PlannerTracer().is_leaf_module(model, ""):
+        return model, *trace(model, fixed), ""
+    names = [name for name in inspect.signature(model.forward).parameters if name not in fixed]
+    holder = nn.Module()
+    holder.add_module(_ROOT, model)
+    return holder, whole(names, _ROOT), {}, _ROOT
 
-    def __init__(self, collection: nn.Module) -> None:
-        super().__init__()
-        self.root = collection
 
-    def forward(self, features: Any) -> Any:
-        return self.root(features)
+def _looked_up(facts: Mapping[torch.fx.Node, Fact]) -> int | None:
+    """Samples of the first lookup."""
+    shapes = (_shape(fact.value, list(_tensors(fact.value))) for fact in facts.values() if fact.tables)
+    return next((shape[0] for shape in shapes if shape), None)
 
 
 class _Records:
@@ -118,12 +121,11 @@ class _Records:
         index: TableIndex,
         facts: Mapping[torch.fx.Node, Fact],
         batch: int,
-        strip: str,
     ) -> None:
         self.model = model
         self.facts = facts
+        self.index = index
         self.batch = batch
-        self.strip = strip
         self.counted = set(index.drafts)  # parameters already on a table or an op, by id
         self.weights: set[torch.fx.Node] = set()  # nodes that depend on parameters only
         self.carriers: dict[torch.fx.Node, tuple[str, ...]] = {}  # names of the ops behind each node
@@ -138,7 +140,8 @@ class _Records:
                 self.carriers[node] = ()
                 continue
             tensors = list(_tensors(self.facts[node].value))
-            if not tensors and node.op != "output":
+            unread = not node.users and operator_name(node) in ("getitem", "getattr")
+            if (not tensors or unread) and node.op != "output":
                 self.carriers[node] = ()
                 continue
             if node.op not in ("placeholder", "output") and self._only_weights(node):
@@ -164,28 +167,30 @@ class _Records:
         phase = "top" if any(name in self.top for name in inputs) else "bottom"
         if phase == "top" or kind == "lookup":
             self.top.add(node.name)
-        moves = kind not in ("input", "output") and not all(_is_view(t) for t in tensors)
+        made = [] if kind in ("input", "output") else self._made(node, tensors)
         return Op(
             name=node.name,
             kind=kind,
-            module=str(node.target).removeprefix(self.strip) if self._is_inner(node) else "",
+            module=self.index.own_path(str(node.target)) if node.op == "call_module" else "",
             target=self._target(node),
             inputs=inputs,
             out_shape=_shape(fact.value, tensors),
             dtype=_dtype(fact.value, tensors),
             flops=fact.work.flops / self.batch,
             params=self._unread() if node.op == "output" else self._params(node),
-            activation_bytes=sum(t.numel() * t.element_size() for t in tensors) / self.batch
-            if moves
-            else 0.0,
+            activation_bytes=sum(t.numel() * t.element_size() for t in made) / self.batch,
             tables=tuple(draft.name for draft in fact.tables),
             phase=phase,
             gemm=fact.work.gemm,
             gemm_rows=fact.work.rows / self.batch if fact.work.gemm else 1.0,
         )
 
-    def _is_inner(self, node: torch.fx.Node) -> bool:
-        return node.op == "call_module" and str(node.target) != self.strip.removesuffix(".")
+    def _made(self, node: torch.fx.Node, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors that are new: neither views of an input nor an input itself."""
+        read = {
+            id(_storage(t)) for source in node.all_input_nodes for t in _tensors(self.facts[source].value)
+        }
+        return [tensor for tensor in tensors if id(_storage(tensor)) not in read]
 
     def _params(self, node: torch.fx.Node) -> int:
         """Parameters that this node is the first to read."""
@@ -253,8 +258,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _is_view(tensor: Tensor) -> bool:
-    return tensor._is_view()
+def _storage(tensor: Tensor) -> Tensor:
+    """The tensor that a view looks into."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _shape(value: Any, tensors: list[Tensor]) -> tuple[int, ...]:

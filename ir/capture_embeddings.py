@@ -107,11 +107,15 @@ class TableDraft:
         )
 
 
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
 class TableIndex:
     """All tables of a model, found by module or by parameter."""
 
-    def __init__(self, model: nn.Module, strip: str = "") -> None:
-        self.strip = strip  # prefix that the capture itself put in front of the paths
+    def __init__(self, model: nn.Module, wrapper: str = "") -> None:
+        self.wrapper = wrapper  # where a model that is itself an embedding hangs; no part of its paths
         self.drafts: dict[int, TableDraft] = {}  # by id of the parameter, in the model's order
         self.of_module: dict[int, list[TableDraft]] = {}  # by id of the module
         inside: set[int] = set()
@@ -120,32 +124,36 @@ class TableIndex:
                 continue
             if is_collection(module):
                 inside.update(id(child) for child in module.modules())
-                self.of_module[id(module)] = self._collection(path, module)
+                self.of_module[id(module)] = self._collection(self.own_path(path), module)
             elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                own = self.own_path(path)
                 pooling = module.mode if isinstance(module, nn.EmbeddingBag) else "none"
-                draft = self._draft(path, path, f"{path}.weight", module.weight, pooling)
+                draft = self._draft(own, own, _join(own, "weight"), module.weight, pooling)
                 self.of_module[id(module)] = [draft]
+
+    def own_path(self, path: str) -> str:
+        """A path of the traced module as the user's model spells it."""
+        if not self.wrapper:
+            return path
+        return "" if path == self.wrapper else path.removeprefix(f"{self.wrapper}.")
 
     def _draft(self, name: str, path: str, parameter: str, weight: torch.Tensor, pooling: str) -> TableDraft:
         draft = self.drafts.get(id(weight))
         if draft is None:
-            path, parameter, name = (text.removeprefix(self.strip) for text in (path, parameter, name))
-            draft = TableDraft(name or "embedding", weight, pooling, path, parameter.removeprefix("."))
+            draft = TableDraft(name or "embedding", weight, pooling, path, parameter)
             self.drafts[id(weight)] = draft
         return draft
 
     def _collection(self, path: str, module: Any) -> list[TableDraft]:
         pooled = is_pooled_collection(module)
         configs = module.embedding_bag_configs() if pooled else module.embedding_configs()
-        attribute, owners = (
-            ("embedding_bags", module.embedding_bags) if pooled else ("embeddings", module.embeddings)
-        )
+        attribute = "embedding_bags" if pooled else "embeddings"
+        owners = getattr(module, attribute)
         drafts = []
-        own = path.removeprefix(self.strip.removesuffix(".")) if self.strip else path
         for config in configs:
-            parameter = ".".join(part for part in (path, attribute, config.name, "weight") if part)
+            parameter = _join(path, attribute, config.name, "weight")
             pooling = config.pooling.value.lower() if pooled else "none"
-            draft = self._draft(config.name, own, parameter, owners[config.name].weight, pooling)
+            draft = self._draft(config.name, path, parameter, owners[config.name].weight, pooling)
             draft.weighted = pooled and bool(module.is_weighted())
             draft.features.extend(config.feature_names)
             drafts.append(draft)

@@ -7,7 +7,7 @@ real, because their code reads lengths, and are as small as the batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,20 +87,19 @@ def to_meta(value: Any) -> Any:
 
 
 def batch_of(values: Any) -> int | None:
-    """The batch of example inputs: first dimension of the first floating tensor, else of the first one.
+    """The batch of example inputs: of jagged ids, else the first dimension of the first floating tensor.
 
-    Ids in front of offsets have as many elements as there are ids, so dense features are asked first.
+    None for plain ids only: there may be as many of them as ids rather than as samples.
     """
     leaves = list(_leaves(values))
     for leaf in leaves:
         if is_jagged(leaf) and hasattr(leaf, "stride"):
             return int(leaf.stride())
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim]
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-    return next((int(tensor.shape[0]) for tensor in floating or tensors), None)
+    tensors = (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
+    return next((int(tensor.shape[0]) for tensor in tensors if tensor.is_floating_point()), None)
 
 
-def _leaves(value: Any) -> Any:
+def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, tuple | list):

@@ -23,7 +23,7 @@ from ir.capture_embeddings import (
 )
 from ir.capture_inputs import to_meta
 from ir.capture_rules import FUNCTIONS, NO_WORK, Work, contraction, empty, module_rule
-from ir.capture_trace import node_location
+from ir.capture_trace import first_sentence, node_location
 from ir.errors import TraceError
 
 
@@ -104,10 +104,9 @@ class Propagation:
                     raise
                 except Exception as error:
                     where = node_location(node, self.locations)
-                    reason = str(error).strip().splitlines() or [type(error).__name__]
                     raise TraceError(
-                        f"{where} cannot be run on shapes alone: {reason[0].rstrip('.')}; check "
-                        "the shapes of example_inputs against this line, or keep code that needs values out of forward"
+                        f"{where} cannot be run on shapes alone: {first_sentence(error)}; check the shapes of "
+                        "example_inputs against this line, or keep code that needs values out of forward"
                     ) from error
                 if isinstance(fact.value, Tensor) and fact.value.device.type != "meta":
                     fact.value = to_meta(fact.value)

@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any
@@ -98,6 +98,15 @@ def trace(model: nn.Module, constants: dict[str, Any]) -> tuple[torch.fx.Graph, 
     return graph, tracer.locations
 
 
+def whole(names: Sequence[str], target: str) -> torch.fx.Graph:
+    """A graph of one call: for a model that is itself one thing to plan."""
+    graph = torch.fx.Graph()
+    inputs = {name: graph.placeholder(name) for name in names}
+    first, *rest = names
+    graph.output(graph.call_module(target, (inputs[first],), {name: inputs[name] for name in rest}))
+    return graph
+
+
 def _drop_constants(graph: torch.fx.Graph, constants: dict[str, Any]) -> None:
     """Remove the placeholders of fixed arguments, and the checks of their values that ``fx`` adds."""
     fixed = {f"{name}_1" for name in constants}  # the names fx gives their placeholders
@@ -113,21 +122,36 @@ def _drop_constants(graph: torch.fx.Graph, constants: dict[str, Any]) -> None:
 
 def _trace_message(model: nn.Module, error: Exception) -> str:
     where = locate(error.__traceback__, type(model).forward)
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{where} cannot be traced: {reason.rstrip('.')}; {_advice(reason)}"
+    reason = first_sentence(error)
+    known = isinstance(error, torch.fx.proxy.TraceError | RuntimeError | TypeError)
+    return (
+        f"{where} cannot be traced: {'' if known else f'{type(error).__name__}: '}{reason}; {_advice(reason)}"
+    )
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's text, without its full stop; its class when it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0].partition(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
 def _advice(reason: str) -> str:
+    """What to do about code that symbolic tracing refuses."""
     lower = reason.lower()
+    if "iterated" in lower or "'len'" in lower:
+        return (
+            "loop over something that is known before the input is (a list kept by the module), or put the "
+            "loop into a function marked with torch.fx.wrap"
+        )
     if "control flow" in lower:
         return (
             "move the branch out of forward (decide it in __init__), or put it into a function marked with "
             "torch.fx.wrap, or pass a graph made by torch.export.export"
         )
-    if "iterated" in lower or "len" in lower or "length" in lower:
+    if "argument must be" in lower:
         return (
-            "loop over something that is known before the input is (a list kept by the module), or put the "
-            "loop into a function marked with torch.fx.wrap"
+            "keep the value a tensor, or put this code into a function marked with torch.fx.wrap, so that it "
+            "stays one node"
         )
     return (
         "put this code into a function marked with torch.fx.wrap, so that it stays one node, or pass a graph "
