@@ -71,8 +71,12 @@ def widths(dim: int, min_partition: int) -> tuple[int, ...]:
     return tuple(w for w in range(max(1, min_partition), dim) if dim % w == 0 and w % ALIGNMENT == 0)
 
 
-def _recipes(dim: int, hosts: int, min_partition: int, kernels: Sequence[str]) -> list[Recipe]:
-    """Every distinct option of a table, whole-table column splits left out as table-wise in disguise."""
+def _recipes(dim: int, min_partition: int, kernels: Sequence[str]) -> list[Recipe]:
+    """Every option of a table that can be best.
+
+    Left out: splits into one column block (they are table-wise and table-row-wise), and
+    table-column-wise, which costs what column-wise costs in these estimators and may go to fewer places.
+    """
     made = [Recipe("data_parallel", "dense", dim)]
     narrow = widths(dim, min_partition)
     for kernel in kernels:
@@ -81,8 +85,6 @@ def _recipes(dim: int, hosts: int, min_partition: int, kernels: Sequence[str]) -
         made.append(Recipe("row_wise", kernel, dim))
         made.append(Recipe("table_row_wise", kernel, dim))
         made += [Recipe("grid_shard", kernel, width) for width in narrow]
-        if hosts > 1:  # in one host they are column-wise
-            made += [Recipe("table_column_wise", kernel, width) for width in narrow]
     return made
 
 
@@ -148,31 +150,32 @@ class TorchRecObjective:
                 "the storage reservation leaves no memory for tables; lower it or take larger devices",
                 conflict=("storage_reservation",),
             )
-        prices: dict[tuple[Any, ...], list[Option]] = {}
-        pending: list[tuple[tuple[Any, ...], list[Recipe], list[Any]]] = []
+        self.recipes = [
+            _recipes(int(tensor.shape[1]), self.min_partition, self.kernels)
+            for _, tensor, _, _, _ in self.tables
+        ]
+        shapes: dict[tuple[Any, ...], tuple[list[Recipe], list[Any]]] = {}
         keys = []
-        self.recipes = []
-        for name, tensor, path, owner, pooled in self.tables:
+        for (name, tensor, path, owner, pooled), recipes in zip(self.tables, self.recipes, strict=True):
             key = self._shape_key(name, tensor, owner, pooled)
-            recipes = _recipes(int(tensor.shape[1]), self.hosts, self.min_partition, self.kernels)
-            self.recipes.append(recipes)
             keys.append(key)
-            if key not in prices:
-                prices[key] = []
-                sample = [
-                    self._sharding_option(name, tensor, path, owner, pooled, recipe, [None])
-                    for recipe in recipes
-                ]
-                pending.append((key, recipes, sample))
-        priced = [option for _, _, sample in pending for option in sample]
-        self._perf.estimate(priced, self._sharder_data)
-        self._storage.estimate(priced, self._sharder_data)
-        for key, recipes, sample in pending:
-            dim = sample[0].tensor.shape[1]
-            prices[key] = [self._option(r, s.shards[0], dim) for r, s in zip(recipes, sample, strict=True)]
+            if key not in shapes:
+                shapes[key] = (
+                    recipes,
+                    [
+                        self._sharding_option(name, tensor, path, owner, pooled, recipe, [None])
+                        for recipe in recipes
+                    ],
+                )
+        self._price_times(shapes)
+        self._storage.estimate([o for _, sample in shapes.values() for o in sample], self._sharder_data)
+        options = {
+            key: tuple(self._option(r, s) for r, s in zip(recipes, sample, strict=True))
+            for key, (recipes, sample) in shapes.items()
+        }
         return Problem(
             names=tuple(table[0] for table in self.tables),
-            options=tuple(tuple(prices[key]) for key in keys),
+            options=tuple(options[key] for key in keys),
             hosts=self.hosts,
             host_size=self.host_size,
             capacity=float(capacity),
@@ -198,6 +201,30 @@ class TorchRecObjective:
         """Price ranked ``ShardingOption`` s from scratch; see :func:`score`."""
         return score(sharding_options, self._perf, self._storage, self._sharder_data, self.reserved)
 
+    def _price_times(self, shapes: dict[tuple[Any, ...], tuple[list[Recipe], list[Any]]]) -> None:
+        """Set ``perf`` of every sample; tables that differ in rows only share it where rows do not matter.
+
+        The default estimators read the rows of data-parallel tables alone. That is probed, not assumed:
+        the first tables that differ in rows only are priced one by one, and if any of their times
+        differs, every table is.
+        """
+        groups: dict[tuple[Any, ...], list[Any]] = {}
+        whole = []
+        for key, (recipes, sample) in shapes.items():
+            for recipe, option in zip(recipes, sample, strict=True):
+                if recipe.sharding_type == "data_parallel":
+                    whole.append(option)
+                else:
+                    groups.setdefault((key[0][1], *key[1:], recipe), []).append(option)
+        probes = next((list(g) for g in _alike(groups) if len(g) > 1), [])
+        self._perf.estimate(whole + [g[0] for g in groups.values()] + probes, self._sharder_data)
+        if any(option.shards[0].perf != probes[0].shards[0].perf for option in probes):
+            self._perf.estimate([o for g in groups.values() for o in g], self._sharder_data)
+            return
+        for first, *rest in groups.values():
+            for option in rest:
+                option.shards[0].perf = first.shards[0].perf
+
     def _shape_key(self, name: str, tensor: Any, owner: Any, pooled: bool) -> tuple[Any, ...]:
         limit = self.constraints.get(name)
         details = (
@@ -212,11 +239,12 @@ class TorchRecObjective:
         )
         return (tuple(tensor.shape), tensor.dtype, type(owner), pooled, details)
 
-    def _option(self, recipe: Recipe, shard: Any, dim: int) -> Option:
+    def _option(self, recipe: Recipe, sample: Any) -> Option:
+        shard = sample.shards[0]
         perf = shard.perf.total
         if self.objective == "total+input":
             perf += shard.perf.input_dist_comms
-        blocks = dim // recipe.width
+        blocks = int(sample.tensor.shape[1]) // recipe.width
         scope: Literal["rank", "host", "all"] = _SCOPES[recipe.sharding_type]
         label = recipe.sharding_type if blocks == 1 else f"{recipe.sharding_type} x{blocks}"
         if recipe.kernel not in ("dense", "fused"):
@@ -275,6 +303,16 @@ class TorchRecObjective:
             shards=shards,
             is_pooled=pooled,
         )
+
+
+def _alike(groups: dict[tuple[Any, ...], list[Any]]) -> list[list[Any]]:
+    """The first and the most different table of each group, by rows."""
+    return [
+        [min(g, key=lambda o: int(o.tensor.shape[0])), max(g, key=lambda o: int(o.tensor.shape[0]))]
+        if len(g) > 1
+        else g
+        for g in groups.values()
+    ]
 
 
 _SCOPES: dict[str, Literal["rank", "host", "all"]] = {
