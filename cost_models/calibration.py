@@ -1,9 +1,10 @@
 """The constants of the cost models: few, each with a meaning, a unit and a source.
 
 A topology states data-sheet peaks; a :class:`Calibration` says how much of them kernels and
-collectives reach. The same constants serve every system of one device kind. ``row_efficiency`` and
+collectives reach. The same constants serve every system of one device kind. ``gemm_efficiency`` and
 ``kernel_seconds`` are the only ones fitted on step times; ``benchmarks/fidelity.py`` repeats the fit and
-prints how well it carries over to systems it has not seen.
+prints how well it carries over to systems it has not seen. The others are published measurements of
+single kernels and collectives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from ir.topology import Link, Topology
 
 # Names of links that belong to a device's own fabric rather than to a network of hosts.
-_FABRICS = ("nvlink", "pcie", "xgmi", "loopback")
+_FABRICS = ("nvlink", "xgmi", "loopback")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,13 @@ class Calibration:
 
     Attributes:
         row_efficiency: fraction of the peak memory bandwidth that gathering and updating embedding rows reaches.
+        cache_speedup: bandwidth of the last-level cache over that of memory.
         stream_efficiency: fraction of the peak memory bandwidth that element-wise kernels reach.
         gemm_efficiency: fraction of the peak FLOP/s that a large GEMM reaches.
         gemm_tile: rows and columns of the output tile a GEMM is rounded up to.
         kernel_seconds: seconds each dense kernel costs beyond its roofline (launch, fill, drain).
         fabric_efficiency: fraction of a link's bandwidth that collectives reach inside a host or NVLink domain.
+        pcie_efficiency: the same for PCIe, whose flows meet in root complexes and host memory.
         network_efficiency: the same for the network between hosts.
         collective_seconds: seconds a collective takes at least, without the latency of its links.
         bucket_bytes: gradient bytes gathered before one dense all-reduce starts.
@@ -34,11 +37,13 @@ class Calibration:
     """
 
     row_efficiency: float
+    cache_speedup: float
     stream_efficiency: float
     gemm_efficiency: float
     gemm_tile: int
     kernel_seconds: float
     fabric_efficiency: float
+    pcie_efficiency: float
     network_efficiency: float
     collective_seconds: float
     bucket_bytes: int
@@ -50,20 +55,28 @@ class Calibration:
 
     def link_efficiency(self, link: Link) -> float:
         """Fraction of the link's peak that collectives reach."""
+        if link.name.startswith("pcie"):
+            return self.pcie_efficiency
         return self.fabric_efficiency if link.name.startswith(_FABRICS) else self.network_efficiency
 
 
 GPU = Calibration(
-    row_efficiency=0.7,
-    # BabelStream-class kernels; the row and GEMM terms dominate, so this one is not fitted.
-    stream_efficiency=0.85,
-    # 794.5 of 989 bf16 TFLOP/s on H100 (271.2/312 A100, 1745/2250 B200): stas00/ml-engineering, accelerators
-    gemm_efficiency=0.80,
+    # gather 2646 and scatter-add 2536 of 3350 GB/s, mean, on H100: pytorch/FBGEMM pull request 3993
+    row_efficiency=0.773,
+    # L2 8986 over HBM 3352 GB/s, H100 (A100: 7219 over 1555): doi 10.1016/j.ultsonch.2023.106546, table 3
+    cache_speedup=2.7,
+    # 2771 of 3350 GB/s, gather_scale_dense_tokens on H100: pytorch/FBGEMM pull request 3993
+    stream_efficiency=0.83,
+    # fitted on the H100 1x8 and 8x8 rows of mlperf_dlrm.json (largest GEMMs reach 0.80: stas00/ml-engineering)
+    gemm_efficiency=0.6061,
     # output tile of the large cuBLAS kernels
     gemm_tile=128,
-    kernel_seconds=5e-6,
+    # fitted on the H100 1x8 and 8x8 rows of mlperf_dlrm.json
+    kernel_seconds=9.061e-6,
     # 339.6 of 450 GB/s all-to-all on 8 H100: XLA's collective calibration table
     fabric_efficiency=0.755,
+    # 28 (8 GPUs) and 35 (4 GPUs) of 63 GB/s, all-reduce over PCIe 5: NVIDIA/nccl issue 1639
+    pcie_efficiency=0.5,
     # 45.3 of 50 GB/s a rank, all-to-all on 2x8 H200 with 400 Gbit/s NICs (busbw 85 x 8/15), 1 GiB
     network_efficiency=0.91,
     # floor of all-reduce at 32 KiB on 8 GPUs: H200 40 us, A100 44 us, B200 48 us (stas00/ml-engineering, network)
@@ -76,11 +89,13 @@ GPU = Calibration(
 # Uncalibrated: round figures for gloo ranks that share the cores of one machine.
 CPU = Calibration(
     row_efficiency=0.3,  # uncalibrated
+    cache_speedup=2.0,  # uncalibrated
     stream_efficiency=0.5,  # uncalibrated
     gemm_efficiency=0.5,  # uncalibrated
     gemm_tile=16,  # vector width of AVX-512 in fp32
     kernel_seconds=10e-6,  # PyTorch's dispatch of one op, uncalibrated
     fabric_efficiency=0.5,  # uncalibrated
+    pcie_efficiency=0.5,  # uncalibrated
     network_efficiency=0.5,  # uncalibrated
     collective_seconds=300e-6,  # gloo over loopback, uncalibrated
     bucket_bytes=25 * 2**20,  # PyTorch DistributedDataParallel's default bucket_cap_mb

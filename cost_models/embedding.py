@@ -7,22 +7,24 @@ holds, w the unit's columns, e bytes of a weight, x bytes of an element on the w
 
 ================= ==========================================================================
 lookup_forward    ids + rows gathered + outputs written:
-                  ( I id + I ceil(w e / G) G + B F w x ) / (r M), G the memory's granule
+                  ( I id + (U + (I - U) / h) ceil(w e / G) G + B F w x ) / (r M)
 lookup_backward   ids sorted + gradient rows gathered + distinct rows and state read and written:
-                  ( I (id + 4) 2 P + I w x + 2 U (w e + s) ) / (r M),
-                  P = ceil(log2(rows) / 8) radix passes, U = min(u I, rows) distinct rows, s state a row
+                  ( I (id + 4) 2 P + (O + (I - O) / h) w x + 2 U (w e + s) ) / (r M)
+                  with P = ceil(log2(rows) / 8) radix passes, s bytes of state a row, O = min(B F, I)
 input_dist        all_to_all of I id + 4 B F bytes (lengths), received
 output_dist       rank scope: all_to_all of S = B F w x
                   host scope: reduce-scatter of S in the host, all-to-all of S / g between hosts
                   all scope: reduce-scatter of S over all ranks
-gradient_dist     the same exchange backwards; data-parallel: all-reduce of rows w e
+gradient_dist     the same exchange backwards; data-parallel: all-reduce of rows w c,
+                  c bytes of the compute type, as the dense gradients
 ================= ==========================================================================
 
-M is the peak bandwidth of the device's first memory tier, r ``row_efficiency``. The exchange of a
+U = min(u I, rows p) distinct rows, u the workload's ``unique_fraction`` (1 when unknown); M the peak
+bandwidth of the device's first memory tier, G its granule, r ``row_efficiency``; a row read again comes
+from cache, h = ``cache_speedup`` times faster. The exchange of a
 table-wise unit is charged to the rank that sends it (outputs) or receives it (ids); the other side of
 each exchange is spread evenly and never larger than the largest sender. Data-parallel tables update
-every row each step, as dense optimizers do. The forward charges one row read an id: fused kernels do
-not deduplicate. Sources: the data flows of TorchRec's sharding types; RecShard (ASPLOS 22) and
+every row each step, as dense optimizers do. Sources: the data flows of TorchRec's sharding types; RecShard (ASPLOS 22) and
 TorchRec's estimator for bytes over bandwidth; radix sort with 8-bit digits as in CUB; collectives in
 :mod:`cost_models.collectives`.
 
@@ -57,6 +59,8 @@ PHASES: tuple[str, ...] = ("input_dist", "lookup_forward", "output_dist", "gradi
 LENGTH_BYTES = 4  # int32 lengths of a KeyedJaggedTensor
 SORT_VALUE_BYTES = 4  # position carried through the sort beside the id
 RADIX_BITS = 8  # digit of one radix pass (CUB's onesweep)
+FORWARD_KERNELS = 2  # gather, layout of the outputs: FBGEMM's table-batched embedding
+BACKWARD_KERNELS = 12  # 4 sort passes of 2, run lengths, segment lists, updates by warp and by block: FBGEMM
 
 _STATE_PER_ROW = {"sgd": 0.0, "rowwise_adagrad": 4.0, "adagrad": 0.0, "adam": 0.0}  # bytes, fp32
 _STATE_PER_ELEMENT = {"sgd": 0.0, "rowwise_adagrad": 0.0, "adagrad": 4.0, "adam": 8.0}  # bytes, fp32
@@ -109,30 +113,45 @@ def traffic(
     return Traffic(ids, outputs, samples * len(table.features), min(distinct, rows), weights)
 
 
+def _row_bytes(width: int, item: float, granule: int) -> float:
+    return math.ceil(width * item / granule) * granule
+
+
 def _forward_seconds(
-    moved: Traffic, width: int, topology: Topology, workload: Workload, item: float
+    moved: Traffic, width: int, item: float, topology: Topology, workload: Workload, calibration: Calibration
 ) -> float:
     tier = topology.device.tiers[0]
-    row = math.ceil(width * item / tier.granule) * tier.granule
-    read = moved.ids * (workload.id_bytes + row) + moved.weight_bytes
+    gathered = moved.distinct + (moved.ids - moved.distinct) / calibration.cache_speedup
+    read = moved.ids * workload.id_bytes + moved.weight_bytes
+    read += gathered * _row_bytes(width, item, tier.granule)
     written = moved.outputs * width * nbytes(workload.exchange_dtype)
-    return read / tier.read_bandwidth + written / tier.write_bandwidth
+    seconds = read / tier.read_bandwidth + written / tier.write_bandwidth
+    return seconds / calibration.row_efficiency
 
 
 def _backward_seconds(
-    moved: Traffic, width: int, rows: int, dense: bool, topology: Topology, workload: Workload, item: float
+    moved: Traffic,
+    width: int,
+    rows: int,
+    item: float,
+    copied: bool,
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
 ) -> float:
     tier = topology.device.tiers[0]
-    row = math.ceil(width * item / tier.granule) * tier.granule
-    state = state_bytes(workload.optimizer, width)
+    row = _row_bytes(width, item, tier.granule)
     passes = math.ceil(math.log2(max(rows, 2)) / RADIX_BITS)
     sort = moved.ids * (workload.id_bytes + SORT_VALUE_BYTES) * passes
-    gradient = moved.ids * width * nbytes(workload.exchange_dtype)
+    first = min(moved.outputs, moved.ids)
+    gradient = (
+        (first + (moved.ids - first) / calibration.cache_speedup) * width * nbytes(workload.exchange_dtype)
+    )
     # a dense gradient is zeroed, accumulated and read, and then every row is updated
-    updated = rows if dense else moved.distinct
-    read = sort + gradient + updated * (row + state + (row if dense else 0))
-    written = sort + updated * (row + state + (row if dense else 0))
-    return read / tier.read_bandwidth + written / tier.write_bandwidth
+    updated = rows if copied else moved.distinct
+    touched = updated * (row + state_bytes(workload.optimizer, width) + (row if copied else 0))
+    seconds = (sort + gradient + touched) / tier.read_bandwidth + (sort + touched) / tier.write_bandwidth
+    return seconds / calibration.row_efficiency
 
 
 def _exchange_seconds(option: ShardingOption, size: float, net: Network) -> float:
@@ -162,36 +181,40 @@ def unit_seconds(
     width, rows = unit.blocks[0].cols, max(block.rows for block in unit.blocks)
     item = nbytes(table.dtype)
     copied = option.sharding_type == "data_parallel"
-    forward = _forward_seconds(moved, width, topology, workload, item) / calibration.row_efficiency
     seconds = dict.fromkeys(PHASES, 0.0)
-    seconds["lookup_forward"] = forward
+    seconds["lookup_forward"] = _forward_seconds(moved, width, item, topology, workload, calibration)
     size = moved.outputs * width * nbytes(workload.exchange_dtype)
     if not copied:
         index = moved.ids * workload.id_bytes + moved.lengths * LENGTH_BYTES + moved.weight_bytes
         seconds["input_dist"] = all_to_all(index, net)
         seconds["output_dist"] = _exchange_seconds(option, size, net)
     if mode == "train":
-        backward = _backward_seconds(moved, width, rows, copied, topology, workload, item)
-        seconds["lookup_backward"] = backward / calibration.row_efficiency
-        seconds["gradient_dist"] = all_reduce(rows * width * item, net) if copied else seconds["output_dist"]
+        seconds["lookup_backward"] = _backward_seconds(
+            moved, width, rows, item, copied, topology, workload, calibration
+        )
+        seconds["gradient_dist"] = (
+            all_reduce(rows * width * nbytes(workload.compute_dtype), net)
+            if copied
+            else seconds["output_dist"]
+        )
     return seconds
 
 
 def phase_overheads(
     topology: Topology, workload: Workload, calibration: Calibration, mode: Mode
 ) -> dict[str, float]:
-    """Seconds by phase that no assignment changes: collective latency, kernel launches.
+    """Seconds by phase that no assignment changes: collective latency and kernel launches.
 
-    Ids travel in two collectives (lengths, then ids); lookups are one fused kernel forward, and sort
-    plus update backward.
+    Ids travel in two collectives (lengths, then ids). A lookup is a gather and a change of layout; its
+    backward pass is a radix sort of two kernels a pass, then run lengths, segment lists and updates.
     """
     net = network(topology, calibration)
     kernel = calibration.kernel_seconds
     train = mode == "train"
     return {
         "input_dist": 2 * net.latency,
-        "lookup_forward": kernel,
+        "lookup_forward": FORWARD_KERNELS * kernel,
         "output_dist": net.latency,
         "gradient_dist": net.latency if train else 0.0,
-        "lookup_backward": 2 * kernel if train else 0.0,
+        "lookup_backward": BACKWARD_KERNELS * kernel if train else 0.0,
     }

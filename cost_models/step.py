@@ -130,19 +130,21 @@ def _backward(
             )
             reduced.append(name)
 
-    last = "top_forward"
-    pending: list[tuple[str, list[Op], str]] = []
-    for index, part in enumerate(_buckets(top, item, calibration.bucket_bytes)):
-        last = chunk(f"top_backward_{index}", part, (last,))
-        pending.append((f"all_reduce_top_{index}", part, last))
-    for name, part, after in pending[:-1]:
-        reduce(name, part, after)
-    # gradients of the embeddings are what the lookups wait for; the last bucket can wait
-    ops.append(TimedOp("gradient_dist", "network", phase_seconds["gradient_dist"], (last,)))
-    for name, part, after in pending[-1:]:
-        reduce(name, part, after)
-    below = chunk("bottom_backward", list(reversed(bottom)), (last,))
-    reduce("all_reduce_bottom", bottom, below)
+    # buckets follow the backward pass and may span the top and the bottom, as DDP's do
+    buckets = list(_buckets([*bottom, *top], item, calibration.bucket_bytes))
+    below = {op.name for op in bottom}
+    last, exchanged = "top_forward", False
+    for index, bucket in enumerate(buckets):
+        upper = [op for op in bucket if op.name not in below]
+        if upper:
+            last = chunk(f"top_backward_{index}", upper, (last,))
+        if len(upper) < len(bucket) or index == len(buckets) - 1:
+            if not exchanged:
+                # the lookups wait for the gradients of the embeddings: exchanged first
+                ops.append(TimedOp("gradient_dist", "network", phase_seconds["gradient_dist"], (last,)))
+                exchanged = True
+            last = chunk(f"bottom_backward_{index}", [op for op in bucket if op.name in below], (last,))
+        reduce(f"all_reduce_{index}", bucket, last)
     ops.append(TimedOp("lookup_backward", "compute", phase_seconds["lookup_backward"], ("gradient_dist",)))
     params = float(sum(op.params for op in (*bottom, *top)))
     # plain SGD of the dense part: read weight and gradient, write weight, all fp32

@@ -111,7 +111,8 @@ STAGED = Link(
     10e9,
     _PCIE_HOP,
     "GPUs on CPU root ports without peer access: every byte goes through host memory. 20 GB/s both ways "
-    "between any two of 8 GPUs on PCIe 4.0 with peer access off: NVIDIA/nccl-tests issue 74",
+    "between any two of 8 GPUs on PCIe 4.0 with peer access off: NVIDIA/nccl-tests issue 74 (collectives of "
+    "8 GPUs through host memory reach 6 GB/s: NVIDIA/nccl issue 1817)",
 )
 
 IB_EDR = Link("ib-edr-100", 12.5e9, _NET_HOP, "100 Gbit/s; one NIC for each GPU")

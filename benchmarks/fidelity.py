@@ -1,0 +1,141 @@
+"""Modelled step times against measured ones.
+
+    python benchmarks/fidelity.py [mlperf] [--quick] [--json]
+
+``mlperf``: fits the two constants of the GPU calibration that are not published measurements of single
+kernels or collectives (``gemm_efficiency``, ``kernel_seconds``) on the rows of
+``planner/data/measured/mlperf_dlrm.json`` marked "fit" (H100 1x8 and 8x8), and judges the model on the rows
+marked "judge", the median of the rows of one configuration at a time. Rows marked "context" ran other
+software; they are shown and not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks._report import Report
+from benchmarks.mlperf_plans import replay
+from benchmarks.mlperf_replay import Configuration, configurations
+from cost_models.calibration import GPU, Calibration
+
+FITTED = ("gemm_efficiency", "kernel_seconds")
+START = {"gemm_efficiency": 0.8, "kernel_seconds": 5e-6}  # the fit does not depend on the stored values
+
+
+def relative_error(config: Configuration, calibration: Calibration) -> float:
+    """(modelled - measured) / measured step time."""
+    return replay(config, calibration).step * 1e3 / config.step_ms - 1.0
+
+
+def fit(configs: Sequence[Configuration], base: Calibration) -> Calibration:
+    """``base`` with the fitted constants that minimise the squared relative errors, each row counting once.
+
+    Gauss-Newton on the logarithms of the constants, which keeps them positive.
+    """
+    weights = np.sqrt([float(config.rows) for config in configs])
+
+    def at(logs: np.ndarray) -> Calibration:
+        return replace(base, **{name: float(np.exp(x)) for name, x in zip(FITTED, logs, strict=True)})
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        return weights * np.array([relative_error(config, at(logs)) for config in configs])
+
+    logs = np.log([START[name] for name in FITTED])
+    for _ in range(50):
+        here = residuals(logs)
+        slopes = [(residuals(logs + step) - here) / 1e-5 for step in 1e-5 * np.eye(len(FITTED))]
+        move = np.linalg.lstsq(np.stack(slopes, axis=1), -here, rcond=None)[0]
+        logs = logs + np.clip(move, -0.5, 0.5)
+        if np.abs(move).max() < 1e-9:
+            break
+    return at(logs)
+
+
+def out_of_order(configs: Sequence[Configuration], modelled: Sequence[float]) -> int:
+    """Pairs of systems that did the same job and are modelled in the wrong order."""
+    wrong = 0
+    for (a, x), (b, y) in combinations(zip(configs, modelled, strict=True), 2):
+        if (a.benchmark, a.batch) == (b.benchmark, b.batch):
+            wrong += (a.step_ms - b.step_ms) * (x - y) < 0
+    return wrong
+
+
+def mlperf(report: Report) -> None:
+    """Fit, judge, and say both errors."""
+    fitted = fit(configurations("fit"), GPU)
+    groups = {use: configurations(use) for use in ("fit", "judge", "context")}
+    for use, configs in groups.items():
+        for config in configs:
+            if config.known:
+                step = replay(config, fitted).step * 1e3
+                report.row(
+                    use=use,
+                    system=config.label,
+                    fabric=config.fabric,
+                    benchmark=config.benchmark,
+                    batch=config.batch,
+                    rounds=" ".join(config.rounds),
+                    measured_ms=round(config.step_ms, 4),
+                    modelled_ms=round(step, 4),
+                    error=f"{step / config.step_ms - 1:+.1%}",
+                )
+    rows_error = [abs(replay(c, fitted).step * 1e3 / ms - 1) for c in groups["fit"] for ms in c.measured]
+    judged = groups["judge"]
+    modelled = [replay(config, fitted).step * 1e3 for config in judged]
+    nvlink = [abs(relative_error(c, fitted)) for c in judged if c.fabric == "nvlink"]
+    factors = [
+        max(m / c.step_ms, c.step_ms / m)
+        for c, m in zip(judged, modelled, strict=True)
+        if c.fabric != "nvlink"
+    ]
+    drift = max(abs(getattr(GPU, name) / getattr(fitted, name) - 1) for name in FITTED)
+    report.note(f"fitted: {', '.join(f'{name} {getattr(fitted, name):.4g}' for name in FITTED)}")
+    report.note(
+        "4x H100 PCIe on root ports with peer access assumed instead: " + _with_peer_access(judged, fitted)
+    )
+    report.claim("fit: mean absolute error", float(np.mean(rows_error)), 0.05, "<=")
+    report.claim("judge: mean absolute error, NVLink configurations", float(np.mean(nvlink)), 0.15, "<=")
+    report.claim("judge: largest factor, PCIe configurations", max(factors), 1.5, "<=")
+    report.claim("judge: pairs of systems in the wrong order", out_of_order(judged, modelled), 0, "<=")
+    report.claim("stored constants: largest difference to the fit", drift, 1e-3, "<=")
+
+
+def _with_peer_access(judged: Sequence[Configuration], fitted: Calibration) -> str:
+    """What the model says of the staged systems if their GPUs could reach each other over PCIe."""
+    texts = []
+    for config in judged:
+        if config.fabric in ("staged", "bridged"):
+            step = replay(replace(config, fabric="pcie"), fitted).step * 1e3
+            texts.append(f"{step:.1f} ms modelled, {config.step_ms:.1f} ms measured")
+    return "; ".join(texts)
+
+
+SECTIONS = {"mlperf": mlperf}
+
+
+def main() -> int:
+    """Run the sections; exit code 0 when every claim holds."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("section", nargs="*", metavar="SECTION", help="default: all")
+    parser.add_argument("--quick", action="store_true", help="the same: the whole run takes seconds")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    report = Report("fidelity")
+    for name in args.section or SECTIONS:
+        SECTIONS[name](report)
+    return report.finish(args.json)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
