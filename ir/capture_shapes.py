@@ -246,15 +246,40 @@ def _bags(ids: Tensor, offsets: Tensor | None, include_last: bool) -> tuple[int]
     return (int(offsets.shape[0]) - int(include_last),)
 
 
+# What renames ids without choosing among them, so that the lookup still reads its input's feature.
+_SAME_IDS = frozenset(
+    (
+        "reshape",
+        "view",
+        "flatten",
+        "contiguous",
+        "clone",
+        "to",
+        "long",
+        "int",
+        "squeeze",
+        "unsqueeze",
+        "values",
+    )
+)
+
+
 def _feature_name(source: object) -> str | None:
-    """The feature behind a lookup: the key it was read by, or the name of its input."""
+    """The feature behind a lookup: the key it was read by, or the name of its input; None if neither."""
     node = source
     while isinstance(node, torch.fx.Node):
         if node.op == "placeholder":
-            return str(node.target) if node is source else None
-        if operator_name(node) == "getitem" and isinstance(node.args[1], str):
-            return node.args[1]
-        node = node.args[0] if node.args else None
+            return str(node.target)
+        name = operator_name(node)
+        key = node.args[1] if name == "getitem" else None
+        if isinstance(key, str):
+            return key
+        inner = node.args[0] if node.args else None
+        # d["C0"][0] are the ids of a (ids, offsets) pair; ids[0] of an input is one feature of several
+        part = isinstance(key, int) and isinstance(inner, torch.fx.Node) and inner.op != "placeholder"
+        if name not in _SAME_IDS and not part:
+            return None
+        node = inner
     return None
 
 
