@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.embedding import phase_overheads
-from cost_models.step import step_timeline
-
 from cost_models.placed import rank_seconds
+from cost_models.step import step_timeline
+from ir.plan import Assumption
 from ir.program import Program
+from ir.units import format_bandwidth, format_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,4 +33,27 @@ class StepTimeline:
         overheads = phase_overheads(topology, workload, calibration, mode)
         phases = {phase: seconds + overheads[phase] for phase, seconds in slowest.items()}
         timeline = step_timeline(program.model, phases, topology, workload, calibration, mode)
-        return replace(program, timeline=timeline)
+        return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
+
+
+def assumptions(program: Program, calibration: Calibration) -> tuple[Assumption, ...]:
+    """What the modelled seconds rest on: the calibration, the links and the workload's origin."""
+    topology, workload = program.topology, program.workload
+    listed = [
+        Assumption(name.name, f"{getattr(calibration, name.name):g}", calibration.source)
+        for name in fields(calibration)
+        if name.name != "source"
+    ]
+    for level in topology.levels:
+        link = level.link
+        listed.append(
+            Assumption(
+                f"link.{level.name}",
+                f"{format_bandwidth(link.bandwidth)} a device and direction, {format_seconds(link.latency)}",
+                link.source,
+            )
+        )
+    tier = topology.device.tiers[0]
+    listed.append(Assumption(tier.name, format_bandwidth(tier.read_bandwidth), tier.source))
+    listed.append(Assumption("workload", f"global batch {workload.global_batch}", workload.origin))
+    return tuple(listed)

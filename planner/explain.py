@@ -8,7 +8,7 @@ from rich.text import Text
 from ir.errors import InputError, did_you_mean
 from ir.plan import Plan, Shard, TablePlan
 from ir.units import format_bytes, format_count, format_seconds
-from planner.render import grid, percent, summary, table_list
+from planner.render import grid, percent, signed, summary, table_list
 
 
 def find_table(plan: Plan, name: str) -> TablePlan:
@@ -69,7 +69,7 @@ def explain_table(plan: Plan, name: str) -> RenderableType:
         *([format_seconds(sum(up.terms.values()))] if up else []),
     )
     if up:
-        delta = f"+{format_seconds(up.delta)}" if up.delta is not None else up.note
+        delta = signed(up.delta) if up.delta is not None else up.note
         costs.add_row("change of the step", "-", delta)
     memory = ", ".join(f"{purpose} {format_bytes(size)}" for purpose, size in sorted(table.memory.items()))
     return Group(

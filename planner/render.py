@@ -40,6 +40,11 @@ def grid(*columns: str) -> Table:
     return table
 
 
+def signed(seconds: float) -> str:
+    """A difference in time with its sign; ``"0"`` below a nanosecond."""
+    return "0" if abs(seconds) < 1e-9 else f"{'+' if seconds > 0 else '-'}{format_seconds(abs(seconds))}"
+
+
 def percent(part: float, whole: float) -> str:
     """``"12.3 %"`` of ``whole``."""
     return f"{100 * part / whole:.1f} %" if whole else "-"
@@ -121,11 +126,14 @@ def timeline_chart(timeline: Timeline, width: int = 52) -> RenderableType:
     table = grid("stream", "op", ">time", f"0{format_seconds(timeline.step):>{width - 1}}")
     streams = list(dict.fromkeys(event.stream for event in timeline.events))
     for stream in streams:
-        for event in (e for e in timeline.events if e.stream == stream):
+        shown = [e for e in timeline.events if e.stream == stream and e.duration > 0]
+        for position, event in enumerate(shown):
             table.add_row(
-                stream, event.name, format_seconds(event.duration), _bar(event, timeline.step, width)
+                "" if position else stream,
+                event.name,
+                format_seconds(event.duration),
+                _bar(event, timeline.step, width),
             )
-            stream = ""
     return Group(table, Text("# on the critical path, = hidden behind it", style="dim"))
 
 
@@ -154,7 +162,7 @@ def table_list(plan: ir.plan.Plan, names: Sequence[str] | None = None, limit: in
             format_bytes(sum(t.memory.values())),
             format_seconds(sum(t.terms.values())),
             up.option if up else "-",
-            f"+{format_seconds(up.delta)}" if up and up.delta is not None else "-",
+            signed(up.delta) if up and up.delta is not None else "-",
         )
     more = len(chosen) - limit
     note = [Text(f"... and {more} more (--all)", style="dim")] if more > 0 else []

@@ -59,7 +59,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         planner.topology(str(tmp_path / "none.yaml"))
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1,\nb: }")
-    with pytest.raises(InputError, match="not YAML.*line 2"):
+    with pytest.raises(InputError, match=r"not YAML.*line 2"):
         planner.topology(str(bad))
     bad.write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(InputError, match="not YAML"):

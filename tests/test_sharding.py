@@ -1,0 +1,143 @@
+"""The sharding pass against exhaustive search, its limits, and its explanations."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import planner
+from cost_models.calibration import default_calibration
+from cost_models.embedding import PHASES, phase_overheads
+from cost_models.placed import rank_seconds
+from ir.errors import InfeasibleError
+from ir.ops import EmbeddingTable
+from ir.program import Model, Options, Program
+from ir.workload import FeatureStats, Workload
+from passes.sharding import price_options
+from planner.verification import verify
+from tests.conftest import small_model
+
+
+def exhaustive_optimum(program: Program) -> float:
+    """The best objective over every option and every placement, by enumeration (two ranks, one host)."""
+    topology = program.topology
+    calibration = default_calibration(topology)
+    per_table = []
+    for table in program.model.tables:
+        loads = []  # each entry: phases x ranks
+        for priced in price_options(program, table, calibration):
+            places = [range(topology.world_size) if u.unit.scope == "rank" else (None,) for u in priced.units]
+            for placing in itertools.product(*places):
+                load = np.zeros((len(PHASES), topology.world_size))
+                for unit, place in zip(priced.units, placing, strict=True):
+                    column = np.array([unit.seconds[p] for p in PHASES])
+                    if place is None:
+                        load += column[:, None]
+                    else:
+                        load[:, place] += column
+                loads.append(load)
+        per_table.append(loads)
+    best = min(sum(choice).max(axis=1).sum() for choice in itertools.product(*per_table))  # type: ignore[arg-type]
+    fixed = phase_overheads(topology, program.workload, calibration, program.options.mode)
+    return float(best) + sum(fixed.values())
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(st.integers(10, 10**6), st.sampled_from([16, 64])), min_size=1, max_size=4),
+    st.lists(st.integers(1, 30), min_size=4, max_size=4),
+)
+def test_bound_below_exhaustive_optimum_below_plan(sizes: list[tuple[int, int]], pooling: list[int]) -> None:
+    tables = tuple(EmbeddingTable(f"t{i}", n, dim, (f"f{i}",)) for i, (n, dim) in enumerate(sizes))
+    model = Model("random", tables, ())
+    work = Workload(4096, {f"f{i}": FeatureStats(float(p)) for i, p in enumerate(pooling[: len(tables)])})
+    plan = planner.compile(model, "h100-1x2", work)
+    program = Program(model, planner.topology("h100-1x2"), work, Options())
+    best = exhaustive_optimum(program)
+    assert plan.certificate.lower_bound <= best * (1 + 1e-9)
+    assert plan.certificate.objective >= best * (1 - 1e-9)
+    assert plan.certificate.objective <= best * 1.02
+    assert all(finding.ok for finding in verify(plan, tables))
+
+
+@pytest.mark.parametrize("topology", ["h100-1x1", "h100-1x8", "a100-4x4", "h100-16x8", "local-2"])
+def test_the_objective_equals_the_price_of_what_was_placed(topology: str, workload: Workload) -> None:
+    plan = planner.compile(small_model(), topology, workload)
+    calibration = default_calibration(plan.topology)
+    placed = rank_seconds(plan.table_plans, plan.topology, workload, calibration, "train")
+    fixed = phase_overheads(plan.topology, workload, calibration, "train")
+    total = sum(float(seconds.max()) for seconds in placed.values()) + sum(fixed.values())
+    assert plan.certificate.objective == pytest.approx(total, rel=1e-9)
+    assert all(finding.ok for finding in verify(plan))
+
+
+def test_more_memory_never_makes_the_plan_slower(workload: Workload) -> None:
+    model = small_model((2_000_000, 1_500_000, 1_000_000, 800_000, 64), dim=64)
+    objectives = []
+    for gib in (0.4, 0.6, 1.2, 8.0):
+        limits = planner.Constraints(memory_limit=int(gib * 2**30))
+        objectives.append(planner.compile(model, "h100-2x2", workload, constraints=limits).certificate)
+    for tight, loose in itertools.pairwise(objectives):
+        assert loose.lower_bound <= tight.lower_bound * (1 + 1e-9)
+        assert loose.objective <= tight.objective * 1.01  # the search is not exhaustive
+
+
+def test_a_table_larger_than_all_memory_names_the_budget(workload: Workload) -> None:
+    with pytest.raises(InfeasibleError, match="t0") as caught:
+        planner.compile(small_model((10**10, 9_000, 700, 2_500, 64), 128), "h100-1x8", workload)
+    assert caught.value.exit_code == 3
+    assert caught.value.conflict
+    assert caught.value.relaxation
+
+
+def test_tables_that_fit_one_by_one_but_not_together(workload: Workload) -> None:
+    limits = planner.Constraints(memory_limit=400 * 2**20, memory_reserve=0.0)
+    with pytest.raises(InfeasibleError) as caught:
+        planner.compile(small_model((800_000,) * 5, 64), "h100-1x4", workload, constraints=limits)
+    assert caught.value.relaxation
+
+
+def test_pins_are_kept(workload: Workload) -> None:
+    rules = {
+        "t*": planner.TableConstraint(sharding_types=("table_wise", "column_wise")),
+        "t1": planner.TableConstraint(sharding_types=("row_wise",)),
+        "t2": planner.TableConstraint(sharding_types=("table_wise",), ranks=(3,)),
+    }
+    plan = planner.compile(small_model(), "h100-2x2", workload, constraints=planner.Constraints(tables=rules))
+    assert plan.tables["t1"].sharding_type == "row_wise"
+    assert [shard.rank for shard in plan.tables["t2"].shards] == [3]
+    assert {plan.tables[t].sharding_type for t in ("t0", "t3", "t4")} <= {"table_wise", "column_wise"}
+
+
+def test_a_pin_to_a_rank_that_does_not_exist(workload: Workload) -> None:
+    rules = {"t2": planner.TableConstraint(sharding_types=("table_wise",), ranks=(9,))}
+    with pytest.raises(InfeasibleError, match=r"t2.*rank 9 does not exist"):
+        planner.compile(small_model(), "h100-2x2", workload, constraints=planner.Constraints(tables=rules))
+
+
+def test_row_wise_adagrad_columns_are_split_only_when_allowed(workload: Workload) -> None:
+    work = replace(workload, optimizer="rowwise_adagrad")
+    pin = {"t0": planner.TableConstraint(sharding_types=("column_wise",), min_column_width=8)}
+    with pytest.raises(InfeasibleError, match="one state per row"):
+        planner.compile(small_model(), "h100-1x4", work, constraints=planner.Constraints(tables=pin))
+    allowed = planner.Constraints(tables=pin, allow_state_split=True)
+    plan = planner.compile(small_model(), "h100-1x4", work, constraints=allowed)
+    assert plan.tables["t0"].sharding_type == "column_wise"
+
+
+def test_the_runner_up_is_what_forcing_it_costs_at_most(model: Model, workload: Workload) -> None:
+    """Re-solving with the runner-up pinned can only be better than the delta that was claimed."""
+    plan = planner.compile(model, "h100-1x4", workload)
+    for name in ("t0", "t3"):
+        up = plan.tables[name].runner_up
+        assert up is not None
+        assert up.delta is not None
+        kind = up.option.split(" x")[0]
+        rules = {name: planner.TableConstraint(sharding_types=(kind,))}  # type: ignore[arg-type]
+        forced = planner.compile(model, "h100-1x4", workload, constraints=planner.Constraints(tables=rules))
+        assert forced.certificate.objective <= (plan.certificate.objective + up.delta) * 1.01
