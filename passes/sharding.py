@@ -172,7 +172,10 @@ class Sharding:
             capacity=float(capacity),
             phases=PHASES,
         )
-        solution = solve(problem, time_limit=program.options.time_limit, seed=program.options.seed)
+        try:
+            solution = solve(problem, time_limit=program.options.time_limit, seed=program.options.seed)
+        except InfeasibleError as error:
+            raise _in_the_users_words(error, dense) from None
         plans = tuple(
             _table_plan(program, table, options[choice], tuple(places))
             for table, options, choice, places in zip(
@@ -193,3 +196,11 @@ class Sharding:
             status=solution.status,
             bound_method=solution.bound_method,
         )
+
+
+def _in_the_users_words(error: InfeasibleError, dense: int) -> InfeasibleError:
+    """The solver's ``capacity`` is the user's ``hbm_budget`` less the dense part."""
+    words = {"capacity": "hbm_budget"}
+    beside = f" (beside {format_bytes(dense)} for the dense part)" if dense else ""
+    conflict = tuple(words.get(name, name.replace("options[", "tables[")) for name in error.conflict)
+    return InfeasibleError(f"{error}{beside}", conflict, error.relaxation)
