@@ -1,0 +1,204 @@
+"""A plan trained for real on this machine, beside the same model on one process.
+
+Each rank is a gloo process that trains its slice of every global batch with the tables sharded as the
+plan says. Afterwards rank 0 alone trains the unsharded model from the same weights on the whole
+batches, and outputs, losses and updated weights are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from codegen.runtime.launch import DEFAULT_TIMEOUT, launch
+from codegen.torchrec_check import check, notes
+from ir.errors import InputError
+from ir.plan import Plan
+from ir.workload import Optimizer
+
+TOLERANCE = 1e-5  # relative, fp32: sums over ranks are added in another order
+TOLERANCE_FP16 = 1e-3  # half tables: twice the rounding of an update, 2^-11, by FBGEMM and by torch
+WARM_UP = 2  # steps before times are taken: buffers and process groups are made in the first
+_BYTES = 4  # of an fp32 weight
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Largest difference between the sharded and the unsharded run over a set of tensors.
+
+    ``relative`` is taken tensor by tensor: max |a - b| / max |b|, b the unsharded one.
+    """
+
+    absolute: float
+    relative: float
+    where: str  # the tensor with the largest relative difference
+
+    def join(self, other: Difference) -> Difference:
+        """The worse of both."""
+        worst = other if other.relative > self.relative else self
+        return Difference(max(self.absolute, other.absolute), worst.relative, worst.where)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What :func:`run` measured."""
+
+    nproc: int
+    host_size: int
+    steps: int
+    global_batch: int
+    optimizer: str
+    lr: float
+    seed: int
+    outputs: Difference  # over all steps
+    losses: Difference
+    weights: Difference  # after the last step
+    changed: int  # weights tensors that training changed
+    tensors: int  # weight tensors in all
+    tolerance: float
+    step_seconds: tuple[float, ...]  # each step on its slowest rank, warm-up left out
+    unsharded_step_seconds: tuple[float, ...]  # one process with the whole batch
+    peak_rss: tuple[int, ...]  # bytes, by rank, before the unsharded run
+    sharded_losses: tuple[float, ...]
+    unsharded_losses: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """Outputs, losses and weights agree within the tolerance, and training changed every tensor."""
+        within = all(d.relative <= self.tolerance for d in (self.outputs, self.losses, self.weights))
+        return within and self.changed == self.tensors
+
+    @property
+    def median_step(self) -> float:
+        """Seconds of a step on the slowest rank, median after the warm-up."""
+        return statistics.median(self.step_seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON data."""
+        extra = {
+            "equal": self.equal,
+            "median_step": self.median_step,
+            "median_unsharded_step": statistics.median(self.unsharded_step_seconds),
+        }
+        return {**asdict(self), **extra}
+
+
+def run_plan(
+    plan: Plan,
+    factory: str,
+    arguments: tuple[Any, ...] = (),
+    options: dict[str, Any] | None = None,
+    *,
+    nproc: int | None = None,
+    steps: int = 5,
+    seed: int = 0,
+    lr: float = 0.01,
+    batch: int | None = None,
+    optimizer: Optimizer | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    on_step: Callable[[int, float], None] | None = None,
+) -> RunResult:
+    """Train ``steps`` steps under the plan on gloo processes and compare with the unsharded model.
+
+    Args:
+        plan: for as many ranks as ``nproc``; hosts are emulated.
+        factory: ``"module:name"`` or ``"file.py:name"`` of a callable that gives the model (or an object
+            with a ``module``); every process calls it with ``arguments`` and ``options``. It must use
+            torch's global random state for its weights, or give meta tensors.
+        arguments: positional, JSON data.
+        options: by keyword, JSON data.
+        nproc: processes; default and only value: the plan's world size.
+        steps: timed and compared steps; two more are run first to warm up and are compared too.
+        seed: of weights and batches.
+        lr: learning rate.
+        batch: global batch; default the workload's.
+        optimizer: of the tables; default the workload's.
+        timeout: seconds for the whole run.
+        on_step: called with (step, loss of rank 0's slice) as the sharded run goes on.
+
+    Raises:
+        InputError: the plan does not fit the model, the processes or this machine's memory.
+        LaunchError: a process failed.
+    """
+    nproc = plan.world_size if nproc is None else nproc
+    name: Optimizer = optimizer or plan.workload.optimizer
+    size = plan.workload.global_batch if batch is None else batch
+    if nproc != plan.world_size:
+        raise InputError(
+            f"the plan is for {plan.world_size} ranks, not {nproc}; run {plan.world_size} processes or compile "
+            f"for local-{nproc}"
+        )
+    if steps < 1 or not (math.isfinite(lr) and lr > 0):
+        raise InputError(f"steps must be at least 1 and lr positive, not {steps} and {lr!r}")
+    if size % nproc:
+        raise InputError(
+            f"a global batch of {size} samples does not divide over {nproc} ranks; use a multiple of {nproc}"
+        )
+    check(plan, device="cpu", optimizer=name)
+    _check_memory(plan, nproc)
+    answers = launch(
+        "codegen.runtime.compare_rank:train_and_compare",
+        nproc,
+        {
+            "plan": plan.to_dict(),
+            "model": {"factory": factory, "arguments": list(arguments), "options": options or {}},
+            "steps": steps + WARM_UP,
+            "batch": size,
+            "seed": seed,
+            "lr": lr,
+            "optimizer": name,
+        },
+        host_size=plan.topology.host_size,
+        timeout=timeout,
+        on_message=(lambda rank, message: on_step(*message)) if on_step is not None else None,
+    )
+    seconds = [max(times) for times in zip(*(answer["seconds"] for answer in answers), strict=True)]
+    first = answers[0]
+    return RunResult(
+        nproc=nproc,
+        host_size=plan.topology.host_size,
+        steps=steps,
+        global_batch=size,
+        optimizer=name,
+        lr=lr,
+        seed=seed,
+        outputs=Difference(**first["outputs"]),
+        losses=Difference(**first["losses"]),
+        weights=Difference(**first["weights"]),
+        changed=first["changed"],
+        tensors=first["tensors"],
+        tolerance=TOLERANCE_FP16 if any(t.dtype == "fp16" for t in plan.table_plans) else TOLERANCE,
+        step_seconds=tuple(seconds[WARM_UP:]),
+        unsharded_step_seconds=tuple(first["unsharded_seconds"][WARM_UP:]),
+        peak_rss=tuple(answer["peak_rss"] for answer in answers),
+        sharded_losses=tuple(first["sharded_losses"]),
+        unsharded_losses=tuple(first["unsharded_losses"]),
+        notes=notes(plan, name),
+    )
+
+
+def _check_memory(plan: Plan, nproc: int) -> None:
+    """Every process builds the whole model before it is sharded; say so before the machine swaps."""
+    free = _free_memory()
+    # each rank the whole model and its shards; rank 0 at the end: gathered, initial and reference
+    # weights, a gradient and an optimizer state of the reference
+    need = _BYTES * (plan.model.embedding_params + plan.model.dense_params) * (nproc + 1 + 5)
+    if free is not None and need > free:
+        raise InputError(
+            f"the model {plan.model.name} needs about {need / 2**30:.0f} GiB to be trained and compared by {nproc} "
+            f"processes here, of which {free / 2**30:.0f} GiB are free; cap its rows (row_cap) and compile again"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be used without swapping, where the system says (Linux)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

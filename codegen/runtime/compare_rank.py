@@ -1,0 +1,214 @@
+"""What one process of :mod:`codegen.runtime.compare` does."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from codegen.runtime.batches import Batch, RandomBatches
+from codegen.runtime.compare import Difference
+from codegen.runtime.gather import gather_rows, mean_over_ranks, whole_weights
+from codegen.runtime.launch import Rank
+from codegen.runtime.models import ModelSpec
+from codegen.runtime.optimizers import dense_counterpart, make_optimizer
+from codegen.torchrec import ShardedModel, sharded_model
+from codegen.torchrec_check import collections_of, locate, widths_of
+from ir.errors import InputError
+from ir.plan import Plan
+from ir.workload import Optimizer
+
+Outputs = dict[str, Tensor]
+
+
+def train_and_compare(
+    place: Rank,
+    plan: dict[str, Any],
+    model: dict[str, Any],
+    steps: int,
+    batch: int,
+    seed: int,
+    lr: float,
+    optimizer: Optimizer,
+) -> dict[str, Any]:
+    """Train the sharded model with the other ranks; on rank 0, then compare with the unsharded one.
+
+    The arguments are those of :func:`codegen.runtime.compare.run_plan` as JSON data.
+    """
+    decided = Plan.from_dict(plan)
+    spec = ModelSpec(model["factory"], tuple(model["arguments"]), model["options"])
+    module = spec.build(seed)
+    before = checksums(module)
+    same_on_all_ranks(before, spec.factory)
+    batches = RandomBatches(module, decided.table_plans, decided.workload, batch)
+    sharded = sharded_model(decided, module, optimizer=optimizer, lr=lr)
+    outputs: list[Outputs] = []
+    losses: list[float] = []
+    seconds: list[float] = []
+    for step in range(steps):
+        part = batches(step_seed(seed, step)).part(place.rank, place.world_size)
+        dist.barrier()
+        start = time.perf_counter()
+        found, loss = train_step(sharded, part)
+        seconds.append(time.perf_counter() - start)
+        outputs.append({key: gather_rows(value) for key, value in found.items()})
+        losses.append(mean_over_ranks(loss))
+        if place.rank == 0:
+            place.report([step, losses[-1]])
+    weights = whole_weights(sharded.module)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    answer: dict[str, Any] = {
+        "seconds": seconds,
+        "peak_rss": peak * (1 if sys.platform == "darwin" else 1024),
+    }
+    del sharded, module
+    if place.rank == 0:
+        sharded_run = (outputs, losses, weights)
+        answer |= _compare_alone(spec, decided, sharded_run, before, (batch, seed, lr, optimizer))
+    return answer
+
+
+def _compare_alone(
+    spec: ModelSpec,
+    plan: Plan,
+    sharded_run: tuple[list[Outputs], list[float], dict[str, Tensor]],
+    before: Mapping[str, float],
+    setting: tuple[int, int, float, Optimizer],
+) -> dict[str, Any]:
+    """Train the unsharded model on the same batches, and the differences to it."""
+    outputs, losses, weights = sharded_run
+    batch, seed, lr, optimizer = setting
+    module = spec.build(seed)
+    if checksums(module) != before:
+        raise InputError(
+            f"{spec.factory} gave other weights when it was called again with seed {seed}, so nothing can be "
+            "compared; let it draw its weights from torch's global random state"
+        )
+    batches = RandomBatches(module, plan.table_plans, plan.workload, batch)
+    alone = unsharded_model(plan, module, optimizer, lr)
+    initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    found_losses, seconds = [], []
+    of_outputs = of_losses = Difference(0.0, 0.0, "")
+    for step in range(len(losses)):
+        whole = batches(step_seed(seed, step))
+        start = time.perf_counter()
+        found, loss = train_step(alone, whole)
+        seconds.append(time.perf_counter() - start)
+        found_losses.append(float(loss))
+        for key, value in found.items():
+            of_outputs = of_outputs.join(difference(outputs[step][key], value, f"step {step} {key}".strip()))
+        of_losses = of_losses.join(difference(torch.tensor(losses[step]), loss, f"step {step}"))
+    of_weights = Difference(0.0, 0.0, "")
+    final = module.state_dict()
+    for name, value in final.items():
+        of_weights = of_weights.join(difference(weights[name], value, name))
+    return {
+        "outputs": asdict(of_outputs),
+        "losses": asdict(of_losses),
+        "weights": asdict(of_weights),
+        "changed": sum(not torch.equal(initial[name], value) for name, value in weights.items()),
+        "tensors": len(final),
+        "unsharded_seconds": seconds,
+        "sharded_losses": losses,
+        "unsharded_losses": found_losses,
+    }
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of the batch of a step: no two steps of a run share one."""
+    return seed * 1_000_003 + step
+
+
+def train_step(model: ShardedModel, batch: Batch) -> tuple[Outputs, Tensor]:
+    """One step; returns the outputs and the mean loss over the samples of ``batch``, both detached."""
+    found = flatten(model(*batch.inputs))
+    loss = loss_of(found, batch)
+    model.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    model.step()
+    return {key: value.detach() for key, value in found.items()}, loss.detach()
+
+
+def unsharded_model(plan: Plan, module: nn.Module, optimizer: Optimizer, lr: float) -> ShardedModel:
+    """``module`` as it is, with optimizers that do what the plan's sharded ones do."""
+    collections = collections_of(module)
+    tables, widths = [], []
+    for table in plan.table_plans:
+        collection, config = locate(table, collections)
+        tables.append(collection.weight(config.name))
+        widths.append((table.dim,) if table.sharding_type == "data_parallel" else widths_of(table))
+    taken = {id(table) for table in tables}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+    made = [make_optimizer(optimizer, tables, lr, widths)]
+    if rest:
+        made.append(make_optimizer(dense_counterpart(optimizer), rest, lr))
+    return ShardedModel(module, tuple(made))
+
+
+def flatten(output: Any) -> Outputs:
+    """The tensors of a model's output by name; jagged ones by their values, keyed ones by key."""
+    if isinstance(output, Tensor):
+        return {"": output}
+    if hasattr(output, "wait"):  # TorchRec returns some outputs lazily
+        return flatten(output.wait())
+    if hasattr(output, "to_dict"):
+        output = output.to_dict()
+    if hasattr(output, "values") and not isinstance(output, Mapping):
+        return {"": output.values()}
+    if isinstance(output, tuple | list):
+        output = dict(enumerate(output))
+    if not isinstance(output, Mapping):
+        raise InputError(f"a model output of type {type(output).__name__} cannot be compared; return tensors")
+    flat: Outputs = {}
+    for key in sorted(output, key=str):
+        for inner, tensor in flatten(output[key]).items():
+            flat[f"{key}.{inner}".rstrip(".")] = tensor
+    return flat
+
+
+def loss_of(outputs: Outputs, batch: Batch) -> Tensor:
+    """Binary cross entropy if the output is one logit a sample, else half the mean square a sample.
+
+    Both are means over samples, so that the mean over equal slices is the loss of the whole batch.
+    """
+    values = list(outputs.values())
+    if len(values) == 1 and values[0].shape in ((batch.size,), (batch.size, 1)):
+        return F.binary_cross_entropy_with_logits(values[0].reshape(-1).float(), batch.labels)
+    return torch.stack([value.float().square().sum() / (2 * batch.size) for value in values]).sum()
+
+
+def difference(found: Tensor, expected: Tensor, where: str) -> Difference:
+    """Largest differences between two tensors; NaN counts as infinitely far."""
+    if found.shape != expected.shape:
+        raise InputError(
+            f"{where} has shape {tuple(found.shape)} when sharded, {tuple(expected.shape)} when not"
+        )
+    if not expected.numel():
+        return Difference(0.0, 0.0, where)
+    gap = float((found.double() - expected.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    gap = gap if gap == gap else float("inf")
+    return Difference(gap, gap / scale if scale else (0.0 if gap == 0 else float("inf")), where)
+
+
+def checksums(module: nn.Module) -> dict[str, float]:
+    """A number for each parameter that differs when its values differ (practically)."""
+    return {name: float(parameter.detach().double().sum()) for name, parameter in module.named_parameters()}
+
+
+def same_on_all_ranks(sums: Mapping[str, float], factory: str) -> None:
+    """Raise InputError unless every rank has built the same weights."""
+    mine = torch.tensor(list(sums.values()), dtype=torch.float64)
+    all_ranks = gather_rows(mine.reshape(1, -1))
+    if not torch.equal(all_ranks, mine.expand_as(all_ranks)):
+        raise InputError(
+            f"{factory} gives different weights in each process; let it draw them from torch's global random state"
+        )

@@ -1,0 +1,98 @@
+"""The optimizers of tables, in three forms that compute the same update.
+
+``fused`` is FBGEMM's update inside the backward pass; ``ordinary`` is a ``torch.optim`` class for
+parameters with a gradient; row-wise Adagrad over column blocks is written here, because a table that
+is split by columns keeps one state per row and block.
+
+========================= =====================================================================
+sgd                       w -= lr g
+adagrad                   s += g^2;            w -= lr g / (sqrt(s) + eps)   (Duchi et al. 2011)
+rowwise_adagrad           s += mean_row(g^2);  w -= lr g / (sqrt(s) + eps)   (one s per row)
+adam                      Kingma and Ba 2015; on a GPU the fused kernel skips rows without a gradient
+========================= =====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ir.workload import Optimizer
+
+ADAGRAD_EPS = 1e-8  # FBGEMM's default for its Adagrad kernels; torch's own default is 1e-10
+ADAM_EPS = 1e-8  # default of torch.optim.Adam and of FBGEMM
+
+
+class BlockRowWiseAdagrad(torch.optim.Optimizer):
+    """Row-wise Adagrad with one state per row and column block.
+
+    Args:
+        params: 2-D tables.
+        lr: learning rate.
+        eps: added to the root of the state.
+        widths: columns of each block, one sequence a table; default one block.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        eps: float = ADAGRAD_EPS,
+        widths: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        tables = list(params)
+        blocks = widths if widths is not None else [(table.shape[1],) for table in tables]
+        groups = [
+            {"params": [table], "widths": tuple(block)} for table, block in zip(tables, blocks, strict=True)
+        ]
+        super().__init__(groups, {"lr": lr, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Apply the gradients."""
+        for group in self.param_groups:
+            (table,) = group["params"]
+            if table.grad is None:
+                continue
+            state = self.state[table]
+            if not state:
+                state["sum"] = [table.new_zeros(table.shape[0], 1) for _ in group["widths"]]
+            weights = table.split(group["widths"], dim=1)
+            gradients = table.grad.split(group["widths"], dim=1)
+            for weight, gradient, total in zip(weights, gradients, state["sum"], strict=True):
+                total += gradient.pow(2).mean(dim=1, keepdim=True)
+                weight.addcdiv_(gradient, total.sqrt() + group["eps"], value=-group["lr"])
+
+
+def make_optimizer(
+    name: Optimizer, params: Sequence[Tensor], lr: float, widths: Sequence[Sequence[int]] | None = None
+) -> torch.optim.Optimizer:
+    """An ordinary optimizer; ``widths`` (columns of each block of each table) matter to row-wise Adagrad."""
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr)
+    if name == "adagrad":
+        return torch.optim.Adagrad(params, lr=lr, eps=ADAGRAD_EPS)
+    if name == "rowwise_adagrad":
+        return BlockRowWiseAdagrad(params, lr, widths=widths)
+    return torch.optim.Adam(params, lr=lr, eps=ADAM_EPS)
+
+
+def fused_optimizer(name: Optimizer, lr: float) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Class and arguments for ``apply_optimizer_in_backward``, which FBGEMM turns into its own kernel."""
+    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+    if name == "sgd":
+        return torch.optim.SGD, {"lr": lr}
+    if name == "adagrad":
+        return torch.optim.Adagrad, {"lr": lr, "eps": ADAGRAD_EPS}
+    if name == "rowwise_adagrad":
+        return RowWiseAdagrad, {"lr": lr, "eps": ADAGRAD_EPS}
+    return torch.optim.Adam, {"lr": lr, "eps": ADAM_EPS}
+
+
+def dense_counterpart(name: Optimizer) -> Optimizer:
+    """The optimizer of the dense part beside tables under ``name``: its biases have no rows."""
+    return "adagrad" if name == "rowwise_adagrad" else name
