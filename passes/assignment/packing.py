@@ -19,6 +19,9 @@ BY_LOAD, HOSTS_FIRST, RANKS_FIRST, BY_MEMORY = 0, 1, 2, 3
 ORDERS = (BY_LOAD, HOSTS_FIRST, RANKS_FIRST)
 
 
+Entry = tuple[float, int, int, Group, Choice]  # key, table, index in the option, what to place
+
+
 class Packed(NamedTuple):
     """The outcome of one packing."""
 
@@ -37,28 +40,33 @@ class Packer:
         self.choices = compiled.choices
         self.ranks, self.hosts, self.size = problem.ranks, problem.hosts, problem.host_size
         self.capacity = problem.capacity
+        self._entries: dict[tuple[int, int, int], list[Entry]] = {}
+        scale = float(compiled.total_biggest[compiled.usable].max(initial=1e-300))
+        self._scale = scale
 
     def pack(self, chosen: Sequence[int], target: float, order: int, keep: bool = False) -> Packed:
         """Pack one option a table; ``keep`` returns the placement too."""
         fixed = memory = 0.0
-        items: list[tuple[float, int, int, Group]] = []
+        entries: list[Entry] = []
+        known = self._entries
         for t, j in enumerate(chosen):
             choice = self.choices[t][j]
             fixed += choice.fixed
             memory += choice.fixed_memory
-            for i, group in enumerate(choice.groups):
-                items.append((self._key(group, order, target), t, i, group))
-        items.sort(key=lambda item: item[:3])
+            mine = known.get((t, j, order))
+            if mine is None:
+                mine = known[t, j, order] = self._items(t, j, order)
+            entries += mine
+        entries.sort()
         bins = _Bins(self, fixed, memory, target)
         places: list[list[int]] | None = None
         if keep:
             places = [[-1] * self.choices[t][j].size for t, j in enumerate(chosen)]
         pieces = 0
         done: set[int] = set()
-        for _, t, _, group in items:
-            choice = self.choices[t][chosen[t]]
+        for _, t, _, group, choice in entries:
             if choice.plain:
-                where = bins.place_group(group)
+                where = bins.to_hosts(group) if group.scope else bins.to_ranks(group)
                 pieces += group.copies
                 if places is not None:
                     places[t][group.first : group.first + group.copies] = where
@@ -70,13 +78,17 @@ class Packer:
                         places[t][group_.first : group_.first + group_.copies] = where
         return Packed(bins.overflow, bins.excess, bins.order[-1][0], pieces, places)
 
-    def _key(self, group: Group, order: int, target: float) -> float:
+    def _items(self, t: int, j: int, order: int) -> list[Entry]:
+        choice = self.choices[t][j]
+        return [(self._key(group, order), t, i, group, choice) for i, group in enumerate(choice.groups)]
+
+    def _key(self, group: Group, order: int) -> float:
         if order == BY_LOAD:
             return -group.load
         if order == BY_MEMORY:
-            return -max(group.load / target if target > 0 else 0.0, group.memory / self.capacity)
+            return -max(group.load / self._scale, group.memory / self.capacity)
         first = (group.scope == HOST) == (order == HOSTS_FIRST)
-        return -group.load - (1e9 * (1.0 + group.load) if first else 0.0)
+        return -group.load - (1e6 * self._scale if first else 0.0)
 
 
 class _Bins:
@@ -95,11 +107,33 @@ class _Bins:
         self.overflow = max(0.0, fixed - target) * self.ranks
         self.excess = max(0.0, memory - self.capacity) * self.ranks
 
-    def place_group(self, group: Group) -> list[int]:
-        """Place all pieces of a group that is free to go anywhere."""
-        if group.scope == HOST:
-            return [self._to_host(self._best_host(group, None), group) for _ in range(group.copies)]
-        return [self._to_rank(self._best_rank(group, None), group) for _ in range(group.copies)]
+    def to_ranks(self, group: Group) -> list[int]:
+        """Place identical pieces that may go to any rank; the inner loop of the search."""
+        _, load, need, copies, _, _ = group
+        order, loads, memory, host_load = self.order, self.load, self.memory, self.host_load
+        room, size = self.capacity - need, self.size
+        probe = (self.target - load + self.slack, self.ranks)
+        where = []
+        for _ in range(copies):
+            i = bisect_right(order, probe) - 1
+            while i >= 0 and memory[order[i][1]] > room:
+                i -= 1
+            if i < 0:
+                where.append(self._to_rank(self._least_bad_rank(room, None), group))
+                continue
+            before, rank = order.pop(i)
+            after = before + load
+            loads[rank] = after
+            memory[rank] += need
+            insort(order, (after, rank))
+            if after > host_load[rank // size]:
+                self._move_host(rank // size, after)
+            where.append(rank)
+        return where
+
+    def to_hosts(self, group: Group) -> list[int]:
+        """Place identical pieces that may go to any host."""
+        return [self._to_host(self._best_host(group, None), group) for _ in range(group.copies)]
 
     def place_bound(self, choice: Choice) -> list[tuple[Group, list[int]]]:
         """Place an option whose pieces must be together, distinct or on given ranks."""
@@ -170,11 +204,14 @@ class _Bins:
         i = bisect_right(order, (self.target - group.load + self.slack, self.ranks)) - 1
         while i >= 0 and (memory[order[i][1]] > need or (within is not None and order[i][1] not in within)):
             i -= 1
-        if i >= 0:
-            return i
+        return i if i >= 0 else self._least_bad_rank(need, within)
+
+    def _least_bad_rank(self, room: float, within: set[int] | None) -> int:
+        """Position of the emptiest rank with the memory, else of the one with the most memory."""
+        order, memory = self.order, self.memory
         pool = [k for k in range(self.ranks) if within is None or order[k][1] in within]
         for k in pool:
-            if memory[order[k][1]] <= need:
+            if memory[order[k][1]] <= room:
                 return k
         return min(pool, key=lambda k: (memory[order[k][1]], k))
 

@@ -47,8 +47,7 @@ def solve(
     search = TargetSearch(compiled, bound, relaxed.price, budget, seed, _objective(problem))
     starts = relaxed_choices(compiled, bound)
     starts += uniform_choices(compiled, starts[0])
-    search.start(starts)
-    search.walk(search.best.choice or starts[0], stop_gap)
+    search.walks(search.start(starts), stop_gap)
     if not search.best.choice:
         raise infeasible.give_up(compiled)
     return finish(problem, search.best, bound, "average load and largest piece", budget.work)

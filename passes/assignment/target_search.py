@@ -18,12 +18,17 @@ import numpy as np
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import Compiled
 from passes.assignment.packing import BY_LOAD, BY_MEMORY, ORDERS, Packed, Packer
+from passes.assignment.relaxation import piece_floor
 
 STEP = 0.01  # the target is this fraction below the incumbent; tuned on the DCNv2 cases of vs_torchrec
 HEAT = 0.01  # temperature as a fraction of the bound; tuned likewise
 SPREAD = 0.02  # options cost this fraction of the bound more per factor e of being tried less often
+EXPLORE = 0.15  # chance of drawing evenly among options within REACH; tuned likewise
+REACH = 0.15  # of the bound
 PAIR = 0.4  # share of moves that change two tables
 REORDER = 0.1  # share of moves that change the packing order
+SHORT_WALKS = 3  # walks from different starts before the long one
+SHORT_SHARE = 0.2  # of the work left, for each of them
 PIECE_WORK = 1.3e-6  # seconds a packed piece, measured on one core of the development machine
 PACK_WORK = 12e-6  # seconds a packing, measured likewise
 TABLE_WORK = 0.8e-6  # seconds a table in a packing, measured likewise
@@ -60,13 +65,28 @@ class TargetSearch:
         self.random = random.Random(seed)
         self.best = Incumbent()
         self.scale = max(bound, 1e-300)
-        cost = np.where(compiled.usable, compiled.total_share + price * compiled.mean_memory, np.inf)
+        self.price = price
+        self.floor = piece_floor(compiled)
         self.weights: list[list[float]] = []
+        self.free: list[int] = []
+
+    def _weigh(self) -> None:
+        """Chances of the options of each table, without those that cannot be in a better solution."""
+        compiled = self.compiled
+        cost = compiled.total_share + self.price * compiled.mean_memory
+        hopeful = compiled.usable & (self.floor < self.best.value)
+        cost = np.where(hopeful, cost, np.inf)
+        self.weights = []
         for t in range(compiled.tables):
             row = cost[compiled.start[t] : compiled.start[t + 1]]
-            with np.errstate(over="ignore"):
-                chance = np.exp(-(row - row.min()) / (SPREAD * self.scale))
-            self.weights.append(list(np.cumsum(chance / chance.sum())))
+            if not np.isfinite(row).any():
+                self.free = []  # every option of a table is too large: the incumbent is optimal
+                return
+            excess = (row - row.min()) / self.scale
+            chance = np.exp(-excess / SPREAD)
+            near = (excess < REACH).astype(float)
+            chance = (1 - EXPLORE) * chance / chance.sum() + EXPLORE * near / near.sum()
+            self.weights.append(list(np.cumsum(chance)))
         self.free = [t for t, row in enumerate(self.weights) if not _settled(row)]
 
     def pack(self, choice: Sequence[int], target: float, order: int) -> Packed:
@@ -91,29 +111,43 @@ class TargetSearch:
         if value < best.value:
             best.value, best.choice, best.placement = value, list(choice), placement
 
-    def multifit(self, choice: Sequence[int], order: int, steps: int) -> None:
-        """Bisect the target for one choice and one packing order."""
+    def multifit(self, choice: Sequence[int], order: int, steps: int) -> float:
+        """Bisect the target for one choice and one packing order; the largest load reached."""
         flat = self.compiled.start[:-1] + np.asarray(choice)
         low = max(self.bound, float(self.compiled.total_share[flat].sum()))
-        high = min(self.best.scalar, 2 * max(low, float(self.compiled.total_biggest[flat].max())))
+        high = 2 * max(low, float(self.compiled.total_biggest[flat].max()))
+        reached = math.inf
         for _ in range(steps):
             target = 0.5 * (low + high)
             packed = self.pack(choice, target, order)
+            if packed.excess <= 0:
+                reached = min(reached, packed.largest)
             if packed.overflow > 0 or packed.excess > 0:
                 low = target
-                high = min(high, max(packed.largest, low)) if packed.excess <= 0 else high
-            else:
-                high = min(target, packed.largest)
-            if high - low < 1e-4 * high:
+            high = min(high, reached if packed.overflow > 0 else target)
+            if high - low < 1e-3 * high or self.budget.spent():
                 break
+        return reached
 
-    def start(self, choices: Iterable[Sequence[int]], steps: int = 6) -> None:
-        """Pack starting choices."""
-        for choice in choices:
-            for order in (*ORDERS, BY_MEMORY):
-                self.multifit(choice, order, steps)
-                if self.budget.spent():
-                    return
+    def start(self, choices: Iterable[Sequence[int]], steps: int = 6) -> list[Sequence[int]]:
+        """Pack starting choices in every order; the choices, best first."""
+        reached: list[tuple[float, int, Sequence[int]]] = []
+        for i, choice in enumerate(choices):
+            best = min(self.multifit(choice, order, steps) for order in (*ORDERS, BY_MEMORY))
+            reached.append((best, i, choice))
+            if self.budget.spent():
+                break
+        return [choice for _, _, choice in sorted(reached)]
+
+    def walks(self, starts: Sequence[Sequence[int]], stop: float) -> None:
+        """Short walks from the best starts, then a long one from the best solution."""
+        whole = self.budget
+        for choice in starts[:SHORT_WALKS]:
+            self.budget = whole.slice(SHORT_SHARE)
+            self.walk(choice, stop)
+            whole.spend(self.budget.work)
+        self.budget = whole
+        self.walk(self.best.choice or starts[0], stop)
 
     def _neighbour(self, choice: list[int]) -> list[int]:
         new = list(choice)
@@ -125,6 +159,7 @@ class TargetSearch:
 
     def walk(self, choice: Sequence[int], stop: float = 0.0) -> None:
         """Anneal from a choice until the budget is spent or the gap to the bound is below ``stop``."""
+        self._weigh()
         if not self.free:
             return
         here, order = list(choice), BY_LOAD
@@ -140,9 +175,10 @@ class TargetSearch:
             scalar = self.best.scalar
             packed = self.pack(new, target, new_order)
             there = self._energy(packed)
-            if there <= energy or self.random.random() < math.exp((energy - there) / heat):
+            better = self.best.scalar < scalar
+            if better or there <= energy or self.random.random() < math.exp((energy - there) / heat):
                 here, order, energy = new, new_order, there
-            if self.best.scalar < scalar or energy <= 0:
+            if better or energy <= 0:
                 target, energy = self._retarget(here, order)
 
     def _energy(self, packed: Packed) -> float:
