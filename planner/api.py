@@ -101,7 +101,7 @@ def compile(
         raise InputError(f"mode must be 'train' or 'inference', not {mode!r}")
     if not (math.isfinite(time_limit) and time_limit > 0):
         raise InputError(f"time_limit must be a positive number of seconds, not {time_limit!r}")
-    machine = _topology(topology)
+    machine = _machine(topology)
     captured, own_workload = _capture(model, name, example_inputs)
     work, notes = _workload(workload, own_workload, captured, machine)
     program = Program(
@@ -112,11 +112,11 @@ def compile(
         warnings=notes,
     )
     program, _ = run_pipeline(program, passes if passes is not None else PIPELINE, observers)
-    return _plan(program)
+    return _plan(program, str(model) if isinstance(model, (str, Path)) else "")
 
 
-def _topology(which: Topology | str | Path) -> Topology:
-    return topology(which)
+# `topology` is an argument of compile(), where it hides the function
+_machine = topology
 
 
 def _capture(
@@ -173,7 +173,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _plan(program: Program) -> Plan:
+def _plan(program: Program, source: str) -> Plan:
     tables, certificate, memory, timeline = (
         program.tables,
         program.certificate,
@@ -205,6 +205,7 @@ def _plan(program: Program) -> Plan:
         warnings=program.warnings,
         provenance={
             **{f"version.{package}": version for package, version in versions().items()},
+            **({"model": source} if source else {}),
             "seed": str(program.options.seed),
             "time_limit": repr(program.options.time_limit),
             "digest.model": model.digest,

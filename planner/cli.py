@@ -300,6 +300,59 @@ def verify(plan: str, model: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("plan", type=click.Path())
+@click.option("--nproc", type=int, help="Processes; default and only value: the ranks of the plan.")
+@click.option("--model", "model", help="The model; default the one that was compiled, by name.")
+@click.option("--steps", type=int, default=5, show_default=True, help="Timed steps, after two to warm up.")
+@click.option("--batch", type=int, help="Global batch, instead of the plan's.")
+@click.option(
+    "--lr",
+    type=float,
+    default=1e-4,
+    show_default=True,
+    help="Small by default: the check is of sums, not of chaos.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@JSON_OPTION
+@reports_errors
+def run(
+    plan: str,
+    nproc: int | None,
+    model: str | None,
+    steps: int,
+    batch: int | None,
+    lr: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Train a few steps of PLAN on real gloo processes and compare with the unsharded model."""
+    from codegen.runtime.compare import run_plan
+    from planner.run import factory_of, progress, render_run
+
+    loaded = _load(plan)
+    factory, arguments, options = factory_of(loaded, model)
+    with progress(steps, hidden=as_json) as on_step:
+        result = run_plan(
+            loaded,
+            factory,
+            arguments,
+            options,
+            nproc=nproc,
+            steps=steps,
+            seed=seed,
+            lr=lr,
+            batch=batch,
+            on_step=on_step,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict() | {"predicted_step": loaded.timeline.step}))
+    else:
+        show(render_run(loaded, result))
+    if not result.equal:
+        sys.exit(1)
+
+
+@cli.command()
 @JSON_OPTION
 @reports_errors
 def models(as_json: bool) -> None:
@@ -359,7 +412,7 @@ def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
     from ir.plan import write_atomically
 
     loaded = _load(plan)
-    text = emit_torchrec(loaded, model or loaded.model.name)
+    text = emit_torchrec(loaded, model or loaded.provenance.get("model") or loaded.model.name)
     if output:
         write_atomically(output, text)
         click.echo(

@@ -1,0 +1,87 @@
+"""Running a plan here: which model it is of, progress on a terminal, and the result as text."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
+
+from ir.errors import InputError
+from ir.plan import Plan
+from ir.units import format_bytes, format_seconds
+from planner.render import grid
+
+if TYPE_CHECKING:
+    from codegen.runtime.compare import RunResult
+
+
+def factory_of(plan: Plan, model: str | None = None) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """How a process builds the plan's model: factory, arguments, options.
+
+    Raises:
+        InputError: the plan was compiled from a module or a table list and no model is named.
+    """
+    from planner.zoo import zoo_names
+
+    source = model or plan.provenance.get("model", "")
+    if source in zoo_names():
+        return "planner.zoo:build", (source,), {"device": "cpu"}
+    if source.rpartition(":")[0].endswith(".py"):
+        return source, (), {}
+    raise InputError(
+        f"the plan of {plan.model.name!r} does not say how to build the model; name a zoo model or "
+        "file.py:callable with --model"
+    )
+
+
+@contextlib.contextmanager
+def progress(steps: int, hidden: bool = False) -> Iterator[Callable[[int, float], None] | None]:
+    """A bar over the steps on a terminal; nothing in a pipe."""
+    console = Console(stderr=True)
+    if hidden or not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("training", total=steps, loss=float("nan"))
+
+        def on_step(step: int, loss: float) -> None:
+            bar.update(task, completed=step + 1, loss=loss)
+
+        yield on_step
+
+
+def render_run(plan: Plan, result: RunResult) -> RenderableType:
+    """Predicted beside measured, and the differences to the unsharded model."""
+    times = grid("step", ">time")
+    calibrated = any(a.source == "uncalibrated" for a in plan.assumptions)
+    times.add_row(
+        f"predicted for {plan.topology.name}{' (uncalibrated)' if calibrated else ''}",
+        format_seconds(plan.timeline.step),
+    )
+    times.add_row(
+        f"measured, {result.nproc} processes, median of {len(result.step_seconds)}",
+        format_seconds(result.median_step),
+    )
+    times.add_row("one process, unsharded", format_seconds(statistics.median(result.unsharded_step_seconds)))
+    differences = grid("sharded against unsharded", ">absolute", ">relative", "where it is largest")
+    for name in ("outputs", "losses", "weights"):
+        found = getattr(result, name)
+        differences.add_row(name, f"{found.absolute:.2e}", f"{found.relative:.2e}", found.where)
+    verdict = "equal" if result.equal else "NOT EQUAL"
+    return Group(
+        times,
+        Text(),
+        differences,
+        Text(
+            f"{verdict} within {result.tolerance:g} relative; {result.changed} of {result.tensors} weight tensors "
+            f"changed in training; peak memory {format_bytes(max(result.peak_rss))} a process"
+        ),
+        *(Text(f"note: {note}") for note in result.notes),
+    )
