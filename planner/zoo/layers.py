@@ -29,27 +29,19 @@ class DotInteraction(nn.Module):
     (B, D) and F x (B, D) to (B, D + (F + 1) F / 2); Naumov et al. 2019, section 2.1.
     """
 
-    def __init__(self, features: int, device: str | torch.device = "meta") -> None:
+    def __init__(self, features: int) -> None:
         super().__init__()
-        self.vectors = features + 1
-        pairs = self.vectors * features // 2
-        # where each pair below the diagonal lies in the flattened (F + 1) x (F + 1) matrix
-        self.register_buffer("pairs", torch.empty(pairs, dtype=torch.int64, device=device), persistent=False)
-        self.reset_parameters()
-
-    pairs: Tensor
-
-    def reset_parameters(self) -> None:
-        """Fill the index of pairs: whoever moves the module off the meta device calls this."""
-        if not self.pairs.is_meta:
-            row, column = torch.tril_indices(self.vectors, self.vectors, -1, device=self.pairs.device)
-            self.pairs.copy_(row * self.vectors + column)
+        vectors = features + 1
+        # Where each pair below the diagonal lies in the flattened (F + 1) x (F + 1) matrix. Numbers, not a
+        # buffer: a trainer that moves a model off the meta device fills buffers with zeros.
+        self.pairs = [row * vectors + column for row in range(vectors) for column in range(row)]
 
     def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
         """(B, D) and F x (B, D) to (B, D + (F + 1) F / 2)."""
         vectors = torch.stack([dense, *sparse], dim=1)
-        products = torch.bmm(vectors, vectors.transpose(1, 2))
-        return torch.cat([dense, products.flatten(1).index_select(1, self.pairs)], dim=1)
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
+        pairs = products.new_tensor(self.pairs, dtype=torch.int64)
+        return torch.cat([dense, products.index_select(1, pairs)], dim=1)
 
 
 class LowRankCross(nn.Module):
