@@ -196,7 +196,6 @@ def model(benchmark: str) -> Model:
                 f"cross{i}",
                 "elementwise",
                 inputs=("cat", up.name, last),
-                flops=2.0 * width,
                 activation_bytes=4.0 * width,
                 phase="top",
             )

@@ -10,7 +10,11 @@ single kernels and collectives.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from pydantic import ConfigDict
+
+from ir.reading import STRICT
 from ir.topology import Link, Topology
 
 # Names of links that belong to a device's own fabric rather than to a network of hosts.
@@ -35,6 +39,8 @@ class Calibration:
         bucket_bytes: gradient bytes gathered before one dense all-reduce starts.
         source: where the constants come from, for the assumptions of a plan.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     row_efficiency: float
     cache_speedup: float

@@ -11,7 +11,7 @@ Source of the roofline: Williams et al., CACM 52(4), 2009.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from cost_models.calibration import Calibration
 from ir.dtypes import nbytes
@@ -79,7 +79,7 @@ def op_seconds(
         device: where.
         calibration: constants.
     """
-    if op.kind in ("lookup", "input", "output"):
+    if op.kind in ("lookup", "input", "output") or is_view(op):
         return 0.0
     if op.gemm is not None:
         k, n = op.gemm
@@ -102,8 +102,22 @@ def _vector_rate(device: Device) -> float:
     return device.flops.get("fp32", min(device.flops.values()))
 
 
-def input_bytes(ops: Iterable[Op], table_bytes: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Bytes per sample each op reads from the ops that feed it (``table_bytes`` overrides outputs by name)."""
-    out = {op.name: op.activation_bytes for op in ops}
-    out.update(table_bytes or {})
-    return {op.name: sum(out.get(name, 0.0) for name in op.inputs) for op in ops}
+def input_bytes(ops: Iterable[Op]) -> dict[str, float]:
+    """Bytes per sample that each op reads from the ops that feed it, in graph order.
+
+    A view writes nothing; whoever reads it reads the bytes behind it.
+    """
+    readable: dict[str, float] = {}
+    fed: dict[str, float] = {}
+    for op in ops:
+        fed[op.name] = sum(readable.get(name, 0.0) for name in op.inputs)
+        readable[op.name] = op.activation_bytes
+        if is_view(op):
+            shape = math.prod(op.out_shape[1:]) * nbytes(op.dtype) if op.out_shape else math.inf
+            readable[op.name] = min(fed[op.name], shape)
+    return fed
+
+
+def is_view(op: Op) -> bool:
+    """Whether the op only renames bytes."""
+    return op.kind == "reshape" and op.activation_bytes == 0

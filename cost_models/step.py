@@ -5,11 +5,12 @@ ids of the next batch during this one, as TorchRec's sparse-dist pipeline does):
 
     compute: lookup_forward | bottom forward | top forward | top backward, bucket by bucket |
              bottom backward | lookup_backward | dense optimizer
-    network: output_dist | input_dist of the next batch | all-reduce of each finished bucket |
-             gradient_dist | all-reduce of the bottom part
+    network: output_dist | input_dist of the next batch | all-reduce of each bucket finished before
+             the last | gradient_dist | all-reduce of the rest
 
-The network stream is one physical fabric, so its collectives queue. In inference the ids of this
-batch come first and nothing follows the top forward pass.
+Bottom ops depend on no lookup, top ops do. The network stream is one physical fabric, so its
+collectives queue. Dense gradients travel in the compute type. In inference the ids of this batch come
+first and nothing follows the top forward pass.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def _backward(
             reduced.append(name)
 
     # buckets follow the backward pass and may span the top and the bottom, as DDP's do
-    buckets = list(_buckets([*bottom, *top], item, calibration.bucket_bytes))
+    buckets = list(_buckets([*bottom, *top], item, calibration.bucket_bytes)) or [[]]
     below = {op.name for op in bottom}
     last, exchanged = "top_forward", False
     for index, bucket in enumerate(buckets):
@@ -143,7 +144,8 @@ def _backward(
                 # the lookups wait for the gradients of the embeddings: exchanged first
                 ops.append(TimedOp("gradient_dist", "network", phase_seconds["gradient_dist"], (last,)))
                 exchanged = True
-            last = chunk(f"bottom_backward_{index}", [op for op in bucket if op.name in below], (last,))
+            lower = [op for op in bucket if op.name in below]
+            last = chunk(f"bottom_backward_{index}", lower, (last,)) if lower else last
         reduce(f"all_reduce_{index}", bucket, last)
     ops.append(TimedOp("lookup_backward", "compute", phase_seconds["lookup_backward"], ("gradient_dist",)))
     params = float(sum(op.params for op in (*bottom, *top)))

@@ -128,7 +128,7 @@ def preset(name: str) -> Topology:
 
 
 def _unknown(name: str) -> str:
-    shaped = re.match(r"^(.*?)-?(\d+x\d+)$", name)
+    shaped = re.match(r"^(.*?)-?(\d+x\d+)$", name.lower())
     stem, tail = (shaped[1], shaped[2]) if shaped else (name, "NxM")
     near = f" (did you mean {f'{name}-1x8'!r}?)" if name in FAMILIES else ""
     near = near or did_you_mean(f"{stem}-{tail}", [*(f"{family}-{tail}" for family in FAMILIES), "local-2"])
