@@ -23,10 +23,14 @@ from typing import Any
 import numpy as np
 
 from cost_models.calibration import CPU, Calibration
+from cost_models.embedding import unit_seconds
 from ir.errors import InputError
+from ir.ops import EmbeddingTable
 from ir.plan import write_atomically
 from ir.reading import as_mapping, dump_record, parse_record
+from ir.sharding import ShardingOption, units
 from ir.topology import Device, Level, Link, MemoryTier, Topology
+from ir.workload import FeatureStats, Workload
 
 Record = Mapping[str, Any]
 OnStage = Callable[[str], None]
@@ -215,8 +219,7 @@ def calibration_of(record: Record, topology: Topology) -> Calibration:
     fabric = _reached(record, "intra", topology)
     network = _reached(record, "inter", topology)
     reached: dict[str, Any] = {
-        "row_efficiency": _row_efficiency(record),
-        "cache_speedup": record["memory"]["cache"] / _memory_peak(record),
+        "cache_speedup": max(record["memory"]["cache"] / _memory_peak(record), 1.0),
         "stream_efficiency": _stream_efficiency(record),
         "gemm_efficiency": _gemm_efficiency(record),
         "kernel_seconds": record["kernel_seconds"],
@@ -224,11 +227,9 @@ def calibration_of(record: Record, topology: Topology) -> Calibration:
         "network_efficiency": network or fabric or CPU.network_efficiency,
         "collective_seconds": max(floor - latency, 0.0),
     }
-    return replace(
-        CPU,
-        **{name: _round(value) for name, value in reached.items()},
-        source=f"measured by planner calibrate on {topology.name}",
-    )
+    constants: dict[str, Any] = {name: _round(value) for name, value in reached.items()}
+    found = replace(CPU, **constants, source=f"measured by planner calibrate on {topology.name}")
+    return replace(found, row_efficiency=_round(_row_efficiency(record, topology, found)))
 
 
 def _memory_peak(record: Record) -> float:
@@ -236,21 +237,30 @@ def _memory_peak(record: Record) -> float:
     return max(float(record["memory"][kernel]) for kernel in ("read", "write", "copy", "add"))
 
 
-def _row_efficiency(record: Record) -> float:
-    """Bytes that lookups move (the accounting of cost_models.embedding) over the time at the peak rate.
+def _row_efficiency(record: Record, topology: Topology, constants: Calibration) -> float:
+    """The constant with which :mod:`cost_models.embedding` reproduces the measured lookups.
 
-    Forward reads ids and rows and writes outputs; backward reads output gradients and reads and writes each
-    distinct row and its state. Sorting the ids is left out: CPU kernels group them another way.
+    Its seconds are inversely proportional to row_efficiency, so those at efficiency 1 over the measured
+    ones (all widths together, forward and backward) are the constant. It can exceed 1 where a kernel
+    moves less than that model charges.
     """
-    moved = taken = 0.0
+    alone = replace(topology, levels=(replace(topology.levels[0], fanout=1),))
+    ideal = measured = 0.0
     for row in record["lookup"]:
-        width = 4 * row["dim"]
-        line = math.ceil(width / _LINE) * _LINE
-        ids, outputs = row["ids"], row["ids"] / row["pooling"]
-        moved += ids * (8 + line) + outputs * width
-        moved += ids * width + 2 * row["distinct"] * (line + 4)
-        taken += row["forward_seconds"] + row["backward_seconds"]
-    return float(moved / taken / _memory_peak(record))
+        table = EmbeddingTable("calibration", row["rows"], row["dim"], ("ids",))
+        work = Workload(
+            global_batch=row["ids"] // row["pooling"],
+            features={"ids": FeatureStats(row["pooling"], unique_fraction=row["distinct"] / row["ids"])},
+            optimizer=row["optimizer"],
+        )
+        option = ShardingOption("table_wise", (row["dim"],))
+        (unit,) = units(option, row["rows"], 1, 1)
+        seconds = unit_seconds(
+            table, option, unit, alone, work, replace(constants, row_efficiency=1.0), "train"
+        )
+        ideal += seconds["lookup_forward"] + seconds["lookup_backward"]
+        measured += row["forward_seconds"] + row["backward_seconds"]
+    return ideal / measured
 
 
 def _stream_efficiency(record: Record) -> float:

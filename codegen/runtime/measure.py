@@ -43,6 +43,8 @@ _FLOOD_BYTES = (
     8 * 2**20
 )  # the most a rank sends in one repetition over a fast link: the size of a large exchange
 _COLLECTIVE_BYTES = (1024, 65536, 2**20, 2**22)
+_SPAN = 0.1  # seconds that the repetitions of one measurement fill together
+_MOST_REPEATS = 40
 _SMALL = 4096  # bytes; messages up to this are timed in batches
 _SLOW = 0.6  # seconds: once a message takes this long, larger ones are left out
 
@@ -91,12 +93,23 @@ def _typical(seconds: Sequence[float]) -> float:
     return float(statistics.median(torch.cat(everyone).tolist()))
 
 
+def _repetitions(seconds: float, repeats: int) -> int:
+    """How often to repeat what took rank 0 ``seconds`` once: short work more often, so that a passing
+    disturbance is outvoted; the same number on every rank."""
+    wanted = torch.tensor([min(_MOST_REPEATS, int(_SPAN / max(seconds, 1e-9)))])
+    dist.broadcast(wanted, 0)
+    return max(repeats, int(wanted))
+
+
 def _timed(work: Callable[[], object], repeats: int, inner: int = 1) -> float:
     """Seconds of ``work`` on all ranks at once, after one run to warm up; ``inner`` runs a repetition."""
     work()
+    start = time.perf_counter()
+    work()
+    count = _repetitions(inner * (time.perf_counter() - start), repeats)
     seconds = []
     dist.barrier()
-    for _ in range(repeats):
+    for _ in range(count):
         start = time.perf_counter()
         for _ in range(inner):
             work()
@@ -141,7 +154,7 @@ def _lookups(rank: Rank, repeats: int) -> list[Record]:
         generator = torch.Generator().manual_seed(rank.rank)
         ids = torch.randint(0, count, (_LOOKUP_IDS,), generator=generator)
         offsets = torch.arange(0, _LOOKUP_IDS + 1, _LOOKUP_POOLING)
-        kernel, forward, backward = _kernel(count, dim)
+        (kernel, optimizer), forward, backward = _kernel(count, dim)
         out = forward(ids, offsets)
         gradient = torch.ones_like(out)
         fed = _timed(partial(forward, ids, offsets), repeats, 5)
@@ -151,6 +164,7 @@ def _lookups(rank: Rank, repeats: int) -> list[Record]:
         rows.append(
             {
                 "kernel": kernel,
+                "optimizer": optimizer,
                 "dim": dim,
                 "rows": count,
                 "ids": _LOOKUP_IDS,
@@ -168,7 +182,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Backward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-def _kernel(rows: int, dim: int) -> tuple[str, Forward, Backward]:
+def _kernel(rows: int, dim: int) -> tuple[tuple[str, str], Forward, Backward]:
     """FBGEMM's fused bags as TorchRec runs them on a CPU; EmbeddingBag with SGD where FBGEMM is absent.
 
     The backward function runs forward, backward and update; its caller subtracts the forward time.
@@ -192,10 +206,10 @@ def _kernel(rows: int, dim: int) -> tuple[str, Forward, Backward]:
         with torch.enable_grad():
             bags(ids, offsets).backward(gradient)
 
-    return "fbgemm rowwise_adagrad", lambda ids, offsets: bags(ids, offsets), backward
+    return ("fbgemm", "rowwise_adagrad"), lambda ids, offsets: bags(ids, offsets), backward
 
 
-def _plain_kernel(rows: int, dim: int) -> tuple[str, Forward, Backward]:
+def _plain_kernel(rows: int, dim: int) -> tuple[tuple[str, str], Forward, Backward]:
     bag = torch.nn.EmbeddingBag(rows, dim, mode="sum", sparse=True, include_last_offset=True)
     optimizer = torch.optim.SGD(bag.parameters(), lr=0.01)
 
@@ -205,7 +219,7 @@ def _plain_kernel(rows: int, dim: int) -> tuple[str, Forward, Backward]:
             bag(ids, offsets).backward(gradient)
             optimizer.step()
 
-    return "EmbeddingBag sgd", lambda ids, offsets: bag(ids, offsets), backward
+    return ("EmbeddingBag", "sgd"), lambda ids, offsets: bag(ids, offsets), backward
 
 
 def _links(rank: Rank, repeats: int) -> Record:
@@ -226,33 +240,33 @@ def _links(rank: Rank, repeats: int) -> Record:
 
 def _ping_pong(rank: Rank, other: int, repeats: int) -> list[Record]:
     """One-way seconds by message size between rank 0 and ``other`` while the rest wait."""
-    times: list[float] = []
+    points: list[Record] = []
     for size in _LINK_BYTES:
-        seconds = _round_trips(rank.rank, other, torch.zeros(size, dtype=torch.uint8), repeats)
-        shared = torch.tensor([seconds], dtype=torch.float64)
+        message = torch.zeros(size, dtype=torch.uint8)
+        _round_trip(rank.rank, other, message, 1)
+        # small messages are timed in batches, so that a timer tick or one wake-up does not count
+        inner = 20 if size <= _SMALL else 1
+        count = _repetitions(_round_trip(rank.rank, other, message, 1) * inner, repeats)
+        trips = [_round_trip(rank.rank, other, message, inner) for _ in range(count)]
+        shared = torch.tensor([statistics.median(trips) / 2], dtype=torch.float64)
         dist.broadcast(shared, 0)
-        times.append(float(shared))
-        if times[-1] > _SLOW:
+        points.append({"bytes": size, "seconds": float(shared)})
+        if points[-1]["seconds"] > _SLOW:
             break
-    return [{"bytes": size, "seconds": seconds} for size, seconds in zip(_LINK_BYTES, times, strict=False)]
+    return points
 
 
-def _round_trips(rank: int, other: int, message: torch.Tensor, repeats: int) -> float:
-    """Half the median round trip as rank 0 sees it; other ranks return 0."""
-    seconds = []
-    # small messages are timed in batches, so that a timer tick or one wake-up does not count
-    inner = 20 if message.numel() <= _SMALL else 1
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        for _ in range(inner):
-            if rank == 0:
-                dist.send(message, other)
-                dist.recv(message, other)
-            elif rank == other:
-                dist.recv(message, 0)
-                dist.send(message, 0)
-        seconds.append((time.perf_counter() - start) / (2 * inner))
-    return statistics.median(seconds[1:]) if rank == 0 else 0.0
+def _round_trip(rank: int, other: int, message: torch.Tensor, inner: int) -> float:
+    """Seconds of one of ``inner`` round trips as rank 0 sees them; other ranks' figures mean nothing."""
+    start = time.perf_counter()
+    for _ in range(inner):
+        if rank == 0:
+            dist.send(message, other)
+            dist.recv(message, other)
+        elif rank == other:
+            dist.recv(message, 0)
+            dist.send(message, 0)
+    return (time.perf_counter() - start) / inner
 
 
 def _flood(around: tuple[int, int], points: Sequence[Record], sharers: int, repeats: int) -> Record:
@@ -285,8 +299,11 @@ def _collective_time(
 ) -> float:
     """Seconds of a collective on the slowest rank; ``inner`` of them back to back a repetition."""
     work()
+    start = time.perf_counter()
+    work()
+    count = _repetitions(inner * (time.perf_counter() - start), repeats)
     seconds = []
-    for _ in range(repeats):
+    for _ in range(count):
         dist.barrier(group)
         start = time.perf_counter()
         for _ in range(inner):
