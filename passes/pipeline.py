@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ir.verifier import verify_program
-
+from cost_models.calibration import Calibration
 from ir.program import Program
+from ir.verifier import verify_program
 from passes.base import Pass
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
@@ -17,11 +17,17 @@ from passes.step import StepTimeline
 Observer = Callable[[str, Program], None]
 """Called as ``observer(pass name, program after it)``; first with "capture" before any pass."""
 
-PIPELINE: tuple[Pass, ...] = (
-    Sharding(),
-    MemoryAccounting(),  # needs the shards
-    StepTimeline(),  # needs the time of each phase, which the shards decide
-)
+
+def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
+    """The passes in order, priced with ``calibration`` (default: the constants of the device kind)."""
+    return (
+        Sharding(calibration),
+        MemoryAccounting(),  # needs the shards
+        StepTimeline(calibration),  # needs the time of each phase, which the shards decide
+    )
+
+
+PIPELINE: tuple[Pass, ...] = pipeline()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from planner.plan import Plan
 if TYPE_CHECKING:
     from torch import nn
 
+    from cost_models.calibration import Calibration
     from passes.base import Pass
     from passes.pipeline import Observer
 
@@ -67,6 +68,7 @@ def compile(
     mode: Mode = "train",
     constraints: Constraints | None = None,
     passes: Sequence[Pass] | None = None,
+    calibration: Calibration | str | Path | None = None,
     time_limit: float = 30.0,
     seed: int = 0,
     name: str | None = None,
@@ -83,7 +85,9 @@ def compile(
             documented defaults of :mod:`ir.workload`, which the plan names.
         mode: "train" or "inference".
         constraints: what is pinned, forbidden or bounded.
-        passes: instead of :data:`passes.pipeline.PIPELINE`.
+        passes: instead of :func:`passes.pipeline.pipeline`.
+        calibration: constants of the cost models, or a file of ``planner calibrate``; default the file
+            that lies beside the topology's, else the constants of the device kind.
         time_limit: limit on deterministic solver work, about seconds; also a wall-clock safety net.
         seed: of the solver's search.
         name: of the model in the plan; default the zoo name or the class name.
@@ -95,7 +99,7 @@ def compile(
         TraceError: model code that cannot be captured.
         InfeasibleError: no plan under the limits.
     """
-    from passes.pipeline import PIPELINE, run_pipeline
+    from passes.pipeline import pipeline, run_pipeline
 
     if mode not in ("train", "inference"):
         raise InputError(f"mode must be 'train' or 'inference', not {mode!r}")
@@ -111,12 +115,28 @@ def compile(
         options=Options(mode, constraints or Constraints(), time_limit, seed),
         warnings=notes,
     )
-    program, _ = run_pipeline(program, passes if passes is not None else PIPELINE, observers)
+    if passes is None:
+        passes = pipeline(_calibration(calibration, topology))
+    program, _ = run_pipeline(program, passes, observers)
     return _plan(program, str(model) if isinstance(model, (str, Path)) else "")
 
 
 # `topology` is an argument of compile(), where it hides the function
 _machine = topology
+
+
+def _calibration(
+    given: Calibration | str | Path | None, topology: Topology | str | Path
+) -> Calibration | None:
+    """The constants to price with; None for the defaults of the device kind."""
+    from planner.calibrate import calibration_path, load_calibration
+
+    if isinstance(given, (str, Path)):
+        return load_calibration(given)
+    if given is None and str(topology).endswith((".yaml", ".yml")) and not isinstance(topology, Topology):
+        beside = calibration_path(topology)
+        return load_calibration(beside) if beside.exists() else None
+    return given
 
 
 def _capture(

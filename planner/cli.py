@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from ir.errors import InfeasibleError, InputError, PlannerError
+from planner.calibrate_cli import calibrate
+from planner.formats_cli import formats
 
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
@@ -81,6 +83,9 @@ def cli() -> None:
 @click.option("--topology", "-t", required=True, help="Preset (h100-16x8, local-2) or YAML file.")
 @click.option("--workload", "-w", type=click.Path(), help="JSON file: batch, pooling, access statistics.")
 @click.option("--constraints", "-c", type=click.Path(), help="YAML file: pins, limits, memory reserve.")
+@click.option(
+    "--calibration", type=click.Path(), help="Constants from planner calibrate; default beside the topology."
+)
 @click.option("--mode", type=click.Choice(["train", "inference"]), default="train", show_default=True)
 @click.option("--batch", type=int, help="Global batch, instead of the workload's.")
 @click.option("--time-limit", type=float, default=30.0, show_default=True, help="Solver work, about seconds.")
@@ -97,6 +102,7 @@ def compile(
     topology: str,
     workload: str | None,
     constraints: str | None,
+    calibration: str | None,
     mode: Any,
     batch: int | None,
     time_limit: float,
@@ -125,6 +131,7 @@ def compile(
         topology,
         work,
         mode=mode,
+        calibration=calibration,
         constraints=_read_constraints(constraints),
         time_limit=time_limit,
         seed=seed,
@@ -420,3 +427,7 @@ def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
         )
     else:
         click.echo(text, nl=False)
+
+
+cli.add_command(calibrate)
+cli.add_command(formats)
