@@ -71,7 +71,9 @@ def capture(
         InputError: inputs that do not fit or cannot be inferred; duplicate or empty tables.
     """
     if isinstance(model, torch.export.ExportedProgram):
-        example_inputs = model.example_inputs[0] if example_inputs is None else example_inputs
+        if example_inputs is None and model.example_inputs is not None:
+            positional, named = model.example_inputs
+            example_inputs = (*positional, *named.values())
         name, model = name or "exported", model.module()
     if not isinstance(model, nn.Module):
         raise InputError(f"a model must be an nn.Module or a traced graph, not {type(model).__name__}")

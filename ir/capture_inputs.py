@@ -32,15 +32,7 @@ def bind(model: nn.Module, inputs: Any) -> dict[str, Any]:
         InputError: they do not fit the signature.
     """
     if isinstance(model, torch.fx.GraphModule):
-        names = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
-        if isinstance(inputs, Mapping):
-            return dict(inputs)
-        values = _positional(inputs)
-        if len(values) > len(names):
-            raise InputError(
-                f"example_inputs has {len(values)} values, the graph takes {len(names)}: {names}"
-            )
-        return dict(zip(names, values, strict=False))
+        return _bind_graph(model, inputs)
     signature = inspect.signature(model.forward)
     try:
         named = isinstance(inputs, Mapping)
@@ -51,6 +43,20 @@ def bind(model: nn.Module, inputs: Any) -> dict[str, Any]:
             f"example_inputs does not fit {type(model).__name__}.forward({', '.join(names)}): {error}"
         ) from None
     return _spread(bound, signature)
+
+
+def _bind_graph(model: torch.fx.GraphModule, inputs: Any) -> dict[str, Any]:
+    holders = {str(node.target): node for node in model.graph.find_nodes(op="placeholder")}
+    named = dict(inputs) if isinstance(inputs, Mapping) else {}
+    values = () if isinstance(inputs, Mapping) else _positional(inputs)
+    named.update(zip(holders, values, strict=False))
+    missing = [name for name, node in holders.items() if name not in named and not node.args]
+    if missing or len(values) > len(holders) or not named.keys() <= holders.keys():
+        raise InputError(
+            f"example_inputs does not fit the graph, which takes ({', '.join(holders)})"
+            + (f": {missing[0]!r} is missing" if missing else "")
+        )
+    return named
 
 
 def _positional(inputs: Any) -> tuple[Any, ...]:

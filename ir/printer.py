@@ -32,7 +32,7 @@ def print_program(program: Program, limit: int | None = None) -> str:
         f"program {model.name} {{",
         f"  model    {len(model.tables)} tables, {format_count(model.embedding_params)} embedding parameters; "
         f"{len(model.ops)} ops, {format_count(model.dense_params)} dense parameters, "
-        f"{format_count(model.dense_flops)}FLOP forward per sample",
+        f"{_flops(model.dense_flops)} forward per sample",
         f"  digest   {model.digest}",
         f"  topology {_topology(program.topology)}",
         f"  workload {_workload(program.workload)}",
@@ -55,6 +55,12 @@ def print_program(program: Program, limit: int | None = None) -> str:
     return "\n".join([*lines, "}"])
 
 
+def _flops(number: float) -> str:
+    """``"32.1 MFLOP"``."""
+    count, _, unit = format_count(number).partition(" ")
+    return f"{count} {unit}FLOP"
+
+
 def _section(
     name: str, items: Sequence[Item], line: Callable[[Item], str], limit: int | None
 ) -> Iterable[str]:
@@ -68,7 +74,7 @@ def _section(
 
 def _topology(topology: Topology) -> str:
     levels = ", ".join(
-        f"{level.fanout} x {level.name} over {level.link.name} {format_bandwidth(level.link.bandwidth)}"
+        f"{level.fanout} per {level.name} over {level.link.name} {format_bandwidth(level.link.bandwidth)}"
         for level in topology.levels
     )
     tiers = ", ".join(f"{tier.name} {format_bytes(tier.capacity)}" for tier in topology.device.tiers)

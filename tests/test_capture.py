@@ -280,6 +280,14 @@ def test_inputs_that_do_not_fit() -> None:
         capture(TwoTower(), example_inputs={"dense": torch.zeros(2, 5)})
 
 
+def test_inputs_that_do_not_fit_a_graph() -> None:
+    graph = torch.fx.symbolic_trace(TwoTower())
+    with pytest.raises(
+        InputError, match=r"graph, which takes \(dense, user, clicked, bought\): 'bought' is missing"
+    ):
+        capture(graph, example_inputs=two_tower_inputs(2)[:3])
+
+
 def test_empty_tables_are_refused() -> None:
     with pytest.raises(InputError, match=r"table 'tables.0' has shape \(0, 4\)"):
         capture(Plain(nn.EmbeddingBag(0, 4)), example_inputs=torch.zeros(2))

@@ -98,6 +98,16 @@ def test_parameter_paths_are_the_modules_own() -> None:
     assert model.embedding_params + model.dense_params == sum(p.numel() for p in module.parameters())
 
 
+def test_a_graph_made_by_torchrecs_own_tracer() -> None:
+    from torchrec.fx import symbolic_trace
+
+    module = Net(bags())
+    graph = symbolic_trace(module, leaf_modules=["EmbeddingBagCollection"])
+    direct, traced = capture(module, name="net"), capture(graph, name="net")
+    assert traced.tables == direct.tables
+    assert [o.kind for o in traced.ops] == [o.kind for o in direct.ops]
+
+
 def test_the_callers_batch_is_used() -> None:
     model = capture(Net(bags()), example_inputs=ids(5))
     assert model.ops[0].out_shape == (5, 3)
