@@ -97,7 +97,7 @@ def traffic(
     table: EmbeddingTable, option: ShardingOption, unit: Unit, topology: Topology, workload: Workload
 ) -> Traffic:
     """Ids, outputs and distinct rows of one step on the rank that holds the unit's largest block."""
-    rows = max(block.rows for block in unit.blocks)
+    rows = unit.blocks[0].rows  # the first block of a row split is the largest
     share = rows / table.rows
     samples = workload.global_batch
     if option.sharding_type == "data_parallel":
@@ -178,7 +178,7 @@ def unit_seconds(
     """
     moved = traffic(table, option, unit, topology, workload)
     net = network(topology, calibration)
-    width, rows = unit.blocks[0].cols, max(block.rows for block in unit.blocks)
+    width, rows = unit.blocks[0].cols, unit.blocks[0].rows
     item = nbytes(table.dtype)
     copied = option.sharding_type == "data_parallel"
     seconds = dict.fromkeys(PHASES, 0.0)

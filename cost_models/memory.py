@@ -32,7 +32,7 @@ def unit_memory(
     mode: Mode,
 ) -> dict[str, int]:
     """Bytes by purpose on each rank that holds ``unit``, its largest block counted."""
-    rows, width = max(block.rows for block in unit.blocks), unit.blocks[0].cols
+    rows, width = unit.blocks[0].rows, unit.blocks[0].cols  # the first block of a row split is the largest
     train = mode == "train"
     copied = option.sharding_type == "data_parallel"
     moved = traffic(table, option, unit, topology, workload)
