@@ -21,11 +21,11 @@ gradient_dist     the same exchange backwards; data-parallel: all-reduce of rows
 
 U = min(u I, rows p) distinct rows, u the workload's ``unique_fraction`` (1 when unknown); M the peak
 bandwidth of the device's first memory tier, G its granule, r ``row_efficiency``; a row read again comes
-from cache, h = ``cache_speedup`` times faster. The exchange of a
-table-wise unit is charged to the rank that sends it (outputs) or receives it (ids); the other side of
-each exchange is spread evenly and never larger than the largest sender. Data-parallel tables update
-every row each step, as dense optimizers do. Sources: the data flows of TorchRec's sharding types; RecShard (ASPLOS 22) and
-TorchRec's estimator for bytes over bandwidth; radix sort with 8-bit digits as in CUB; collectives in
+from cache, h = ``cache_speedup`` times faster. The exchange of a table-wise unit is charged to the rank
+that sends it (outputs) or receives it (ids); the other side of each exchange is spread evenly and never
+larger than the largest sender. Data-parallel tables update every row each step, as dense optimizers do.
+Sources: the data flows of TorchRec's sharding types; RecShard (ASPLOS 22) and TorchRec's estimator for
+bytes over bandwidth; radix sort with 8-bit digits as in CUB; collectives in
 :mod:`cost_models.collectives`.
 
 Costs add up per rank. What a phase costs however little it moves is in :func:`phase_overheads`.
