@@ -95,4 +95,4 @@ def format_count(number: float) -> str:
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(number) >= scale:
             return f"{_digits(number / scale)} {unit}"
-    return f"{number:g}"
+    return f"{number:.0f}" if float(number).is_integer() else _digits(number)
