@@ -79,11 +79,19 @@ class RandomBatches:
         tables: with the rows behind each feature.
         workload: statistics of the features.
         size: samples of a global batch.
+        example_inputs: arguments of ``forward`` whose kinds and shapes to follow, for any batch.
     """
 
-    def __init__(self, module: nn.Module, tables: Sequence[TablePlan], workload: Workload, size: int) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        tables: Sequence[TablePlan],
+        workload: Workload,
+        size: int,
+        example_inputs: Any = None,
+    ) -> None:
         self._own = getattr(module, "random_batch", None)
-        self._shapes = [] if callable(self._own) else _shapes(module, size)
+        self._shapes = [] if callable(self._own) else input_shapes(module, size, example_inputs)
         self._rows = {feature: table.rows for table in tables for feature in table.features}
         self._workload = workload
         self._size = size
@@ -98,8 +106,8 @@ class RandomBatches:
         return Batch(tuple(inputs), torch.from_numpy(random.integers(0, 2, self._size).astype(np.float32)))
 
 
-def _shapes(module: nn.Module, size: int) -> list[Any]:
-    """Inputs of ``forward`` for ``size`` samples, with shapes only."""
+def input_shapes(module: nn.Module, size: int, example_inputs: Any = None) -> list[Any]:
+    """Inputs of ``forward`` in order: tensors with ``size`` samples, and jagged ones for their keys."""
     from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
     from ir.capture_inputs import bind, constants, infer, own_inputs
@@ -109,9 +117,10 @@ def _shapes(module: nn.Module, size: int) -> list[Any]:
         from ir.capture_inputs import jagged_ids
 
         return [jagged_ids(module, size)]
-    given = own_inputs(module, size)
+    given = own_inputs(module, size) if example_inputs is None else example_inputs
     if given is not None:
-        return list(bind(module, given).values())
+        values = bind(module, given).values()
+        return [v.new_empty(size, *v.shape[1:]) if isinstance(v, Tensor) else v for v in values]
     graph, _ = trace(module, constants(module, None))
     return list(infer(graph, module, size).values())
 

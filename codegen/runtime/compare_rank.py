@@ -45,10 +45,10 @@ def train_and_compare(
     """
     decided = Plan.from_dict(plan)
     spec = ModelSpec(model["factory"], tuple(model["arguments"]), model["options"])
-    module = spec.build(seed)
+    module, example = spec.build(seed)
     before = checksums(module)
     same_on_all_ranks(before, spec.factory)
-    batches = RandomBatches(module, decided.table_plans, decided.workload, batch)
+    batches = RandomBatches(module, decided.table_plans, decided.workload, batch, example)
     sharded = sharded_model(decided, module, optimizer=optimizer, lr=lr)
     outputs: list[Outputs] = []
     losses: list[float] = []
@@ -86,15 +86,15 @@ def _compare_alone(
     """Train the unsharded model on the same batches, and the differences to it."""
     outputs, losses, weights = sharded_run
     batch, seed, lr, optimizer = setting
-    module = spec.build(seed)
+    module, example = spec.build(seed)
     if checksums(module) != before:
         raise InputError(
             f"{spec.factory} gave other weights when it was called again with seed {seed}, so nothing can be "
             "compared; let it draw its weights from torch's global random state"
         )
-    batches = RandomBatches(module, plan.table_plans, plan.workload, batch)
+    batches = RandomBatches(module, plan.table_plans, plan.workload, batch, example)
     alone = unsharded_model(plan, module, optimizer, lr)
-    initial = {name: value.detach().clone() for name, value in module.state_dict().items()}
+    initial = {name: value.detach().clone() for name, value in module.named_parameters()}
     found_losses, seconds = [], []
     of_outputs = of_losses = Difference(0.0, 0.0, "")
     for step in range(len(losses)):
@@ -114,8 +114,8 @@ def _compare_alone(
         "outputs": asdict(of_outputs),
         "losses": asdict(of_losses),
         "weights": asdict(of_weights),
-        "changed": sum(not torch.equal(initial[name], value) for name, value in weights.items()),
-        "tensors": len(final),
+        "changed": sum(not torch.equal(value, weights[name]) for name, value in initial.items()),
+        "tensors": len(initial),
         "unsharded_seconds": seconds,
         "sharded_losses": losses,
         "unsharded_losses": found_losses,

@@ -14,7 +14,8 @@ from ir.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """``factory(*arguments, **options)`` gives an ``nn.Module``, or an object with a ``module``.
+    """``factory(*arguments, **options)`` gives an ``nn.Module``, a pair of one and its example inputs, or an
+    object with a ``module``.
 
     ``factory`` is ``"package.module:name"`` or ``"file.py:name"``; arguments are JSON data. Zoo models
     are ``ModelSpec("planner.zoo:build", ("dlrm-small",), {"device": "cpu"})``.
@@ -24,23 +25,29 @@ class ModelSpec:
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
-    def build(self, seed: int) -> nn.Module:
-        """The module on the CPU, with the weights that ``seed`` gives.
+    def build(self, seed: int) -> tuple[nn.Module, Any]:
+        """The module on the CPU with the weights that ``seed`` gives, and its example inputs or None.
 
         Raises:
             InputError: the factory cannot be found or does not give a module.
         """
+        module, inputs = self.declare(seed)
+        return materialise(module, seed), inputs
+
+    def declare(self, seed: int) -> tuple[nn.Module, Any]:
+        """The module as the factory gives it, meta tensors and all, and its example inputs or None."""
         torch.manual_seed(seed)
         try:
             made = resolve(self.factory)(*self.arguments, **self.options)
         except TypeError as error:
             raise InputError(f"{self.factory} does not take these arguments: {error}") from None
+        made, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         module = getattr(made, "module", made)
         if not isinstance(module, nn.Module):
             raise InputError(
                 f"{self.factory} gives a {type(module).__name__}, not an nn.Module; return the model"
             )
-        return materialise(module, seed)
+        return module, inputs
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data; ``ModelSpec(**data)`` reads it back."""
