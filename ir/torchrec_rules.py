@@ -52,8 +52,8 @@ def torchrec_supported(
 
     What is behind the rules that are not obvious:
 
-    - A fused kernel whose tables on a rank hold no row at all fails there ("weights[0] must be a GPU
-      tensor") while the other ranks wait. Whether a second table shares the kernel depends on how
+    - A fused kernel whose tables on a rank hold no row at all fails there ("weights[0] must be
+      a GPU or MTIA tensor") while the other ranks wait. Whether a second table shares the kernel depends on how
       TorchRec groups tables, so no empty shard is allowed at all. Dense kernels run with empty shards.
     - Means over row shards are sums divided by the bag lengths afterwards, and TorchRec takes the
       lengths in the order of the input's features but the sums in the order of its output: wrong
