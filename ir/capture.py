@@ -30,7 +30,7 @@ RESHAPES = frozenset(
         *("select", "slice", "unbind", "index_select", "index", "gather", "contiguous", "clone", "pad"),
         *("cat", "concat", "stack", "repeat", "repeat_interleave", "tile", "roll", "movedim", "to_dict"),
         *("swapaxes", "view_as", "reshape_as", "to_padded_dense", "values", "lengths", "offsets"),
-        *("detach", "new_tensor", "regroup", "regroup_as_dict", "Flatten", "Unflatten", "Identity"),
+        *("detach", "regroup", "regroup_as_dict", "Flatten", "Unflatten", "Identity"),
     )
 )
 NORMS = frozenset(

@@ -158,7 +158,7 @@ def test_the_dot_interaction_is_all_pairs() -> None:
     from planner.zoo.layers import DotInteraction
 
     vectors = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))  # B, F + 1, D
-    out = DotInteraction(2)(vectors[:, 0], [vectors[:, 1], vectors[:, 2]])
+    out = DotInteraction()(vectors[:, 0], [vectors[:, 1], vectors[:, 2]])
     pairs = [(vectors[:, i] * vectors[:, j]).sum(1) for i in range(3) for j in range(i)]
     assert torch.allclose(out, torch.cat([vectors[:, 0], torch.stack(pairs, 1)], 1))
 

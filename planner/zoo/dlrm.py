@@ -131,7 +131,7 @@ def build_dlrm(
         records,
         dense_features,
         bottom,
-        DotInteraction(features),
+        DotInteraction(),
         width + (features + 1) * features // 2,
         top,
         embeddings=choose_embeddings(embeddings),

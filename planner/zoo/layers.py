@@ -23,25 +23,29 @@ def mlp(sizes: Sequence[int], *, last_relu: bool, device: str | torch.device = "
     return nn.Sequential(*(layers if last_relu else layers[:-1]))
 
 
+@torch.fx.wrap
+def below_diagonal(products: Tensor) -> Tensor:
+    """The entries below the diagonal of (B, n, n), row by row: (B, n (n - 1) / 2).
+
+    One node of a traced graph. The index is made each time rather than kept as a buffer, because a
+    trainer that moves a model off the meta device fills buffers with zeros.
+    """
+    n = products.shape[1]
+    row, column = torch.tril_indices(n, n, -1, device=products.device)
+    return products.flatten(1).index_select(1, row * n + column)
+
+
 class DotInteraction(nn.Module):
     """Dot products between all pairs of feature vectors, after the dense vector itself.
 
     (B, D) and F x (B, D) to (B, D + (F + 1) F / 2); Naumov et al. 2019, section 2.1.
     """
 
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        vectors = features + 1
-        # Where each pair below the diagonal lies in the flattened (F + 1) x (F + 1) matrix. Numbers, not a
-        # buffer: a trainer that moves a model off the meta device fills buffers with zeros.
-        self.pairs = [row * vectors + column for row in range(vectors) for column in range(row)]
-
     def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
         """(B, D) and F x (B, D) to (B, D + (F + 1) F / 2)."""
         vectors = torch.stack([dense, *sparse], dim=1)
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1)
-        pairs = products.new_tensor(self.pairs, dtype=torch.int64)
-        return torch.cat([dense, products.index_select(1, pairs)], dim=1)
+        products = torch.bmm(vectors, vectors.transpose(1, 2))
+        return torch.cat([dense, below_diagonal(products)], dim=1)
 
 
 class LowRankCross(nn.Module):
