@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
+
+import numpy as np
 
 from passes.assignment import infeasible
 from passes.assignment.budget import Budget
-from passes.assignment.compiled import Compiled, compile_problem
+from passes.assignment.compiled import HOST, Compiled, compile_problem
+from passes.assignment.polish import Polisher
 from passes.assignment.problem import Problem, Solution, evaluate
 from passes.assignment.relaxation import average_bound
 from passes.assignment.starts import relaxed_choices, uniform_choices
@@ -15,6 +18,9 @@ from passes.assignment.target_search import Incumbent, TargetSearch
 
 Effort = Literal["quick", "normal", "thorough"]
 
+PACKING_SHARE = 0.4  # of the work, with several phases; the rest polishes the phases
+SEVERAL = 6.0  # times the work with several phases, which take longer to balance
+POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
 OPTIMAL = 1e-6  # relative gap below which a solution is called optimal
 
 
@@ -44,12 +50,17 @@ def solve(
     infeasible.check(compiled)
     budget = Budget(min(time_limit, _allowance(compiled, effort)))
     bound, relaxed = average_bound(compiled)
-    search = TargetSearch(compiled, bound, relaxed.price, budget, seed, _objective(problem))
+    search = TargetSearch(compiled, bound, relaxed.price, budget, seed, _objective(compiled))
     starts = relaxed_choices(compiled, bound)
     starts += uniform_choices(compiled, starts[0])
+    several = len(problem.phases) > 1
+    search.budget = budget.slice(PACKING_SHARE if several else 1.0 - POLISH_SHARE)
     search.walks(search.start(starts), stop_gap)
+    budget.spend(search.budget.work)
     if not search.best.choice:
         raise infeasible.give_up(compiled)
+    if not budget.spent() and search.best.value > bound * (1 + max(stop_gap, OPTIMAL)):
+        Polisher(compiled, bound, budget, seed).run(search.best, stop_gap)
     return finish(problem, search.best, bound, "average load and largest piece", budget.work)
 
 
@@ -58,17 +69,47 @@ def _allowance(compiled: Compiled, effort: Effort) -> float:
     if effort == "thorough":
         return float("inf")
     pieces = 4.0 * compiled.tables
-    packing = 1e-6 * pieces + 2e-5
+    packing = (1e-6 * pieces + 2e-5) * (SEVERAL if len(compiled.problem.phases) > 1 else 1.0)
     return packing * (150 if effort == "quick" else 3000)
 
 
-def _objective(problem: Problem):  # type: ignore[no-untyped-def]
-    if len(problem.phases) == 1:
+def _objective(compiled: Compiled) -> Callable[[Sequence[int], list[list[int]]], float] | None:
+    """The objective of a choice and a placement; None when it is the largest load (one phase)."""
+    problem = compiled.problem
+    phases = len(problem.phases)
+    if phases == 1:
         return None
+    fixed = [
+        [
+            np.array([sum(p.load[k] * p.count for p in o.pieces if p.scope == "all") for k in range(phases)])
+            for o in options
+        ]
+        for options in problem.options
+    ]
 
     def value(choice: Sequence[int], placement: list[list[int]]) -> float:
-        loads, _ = evaluate(problem, list(choice), tuple(tuple(p) for p in placement))
-        return float(loads.max(axis=0).sum())
+        ranks: list[int] = []
+        hosts: list[int] = []
+        rank_loads: list[tuple[float, ...]] = []
+        host_loads: list[tuple[float, ...]] = []
+        base = np.zeros(phases)
+        for t, j in enumerate(choice):
+            base += fixed[t][j]
+            for group in compiled.choices[t][j].groups:
+                where = placement[t][group.first : group.first + group.copies]
+                if group.scope == HOST:
+                    hosts += where
+                    host_loads += [group.phases] * group.copies
+                else:
+                    ranks += where
+                    rank_loads += [group.phases] * group.copies
+        loads = np.zeros((problem.hosts, problem.host_size, phases))
+        if hosts:
+            np.add.at(loads, np.array(hosts), np.array(host_loads)[:, None, :])
+        flat = loads.reshape(problem.ranks, phases)
+        if ranks:
+            np.add.at(flat, np.array(ranks), np.array(rank_loads))
+        return float((flat.max(axis=0) + base).sum())
 
     return value
 

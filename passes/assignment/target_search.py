@@ -27,6 +27,7 @@ EXPLORE = 0.15  # chance of drawing evenly among options within REACH; tuned lik
 REACH = 0.15  # of the bound
 PAIR = 0.4  # share of moves that change two tables
 REORDER = 0.1  # share of moves that change the packing order
+NEAR = 1.005  # with several phases, packings within this factor of the best are evaluated in full
 SHORT_WALKS = 3  # walks from different starts before the long one
 SHORT_SHARE = 0.2  # of the work left, for each of them
 PIECE_WORK = 1.3e-6  # seconds a packed piece, measured on one core of the development machine
@@ -102,7 +103,7 @@ class TargetSearch:
         if self.value is None:
             if packed.largest >= best.value * (1 - 1e-12):
                 return
-        elif packed.largest > min(best.scalar * 1.02, best.value):
+        elif packed.largest > min(best.scalar * NEAR, best.value):
             return
         placement = self.packer.pack(choice, target, order, keep=True).placement
         assert placement is not None
