@@ -32,7 +32,7 @@ def build_dlrm_dcnv2(
 ) -> tuple[DLRM, Workload]:
     """DLRM with a cross network; ``cross_rank`` None gives full-rank layers. Defaults are MLPerf's."""
     records, workload = zoo_tables(
-        tables, dim=dim, row_cap=row_cap, global_batch=global_batch, optimizer="rowwise_adagrad"
+        tables, dim=dim, row_cap=row_cap, global_batch=global_batch, optimizer="adagrad"
     )
     width = common_dim(records, bottom) * (1 + sum(len(table.features) for table in records))
     module = DLRM(
