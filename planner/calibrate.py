@@ -160,11 +160,13 @@ def _points(level: Record) -> list[tuple[float, float]]:
     return [(point["bytes"], point["seconds"]) for point in level["points"]]
 
 
-def _link(name: str, level: Record, what: str) -> Link:
-    fit = fit_link(_points(level))
+def _link(name: str, record: Record, level: str, what: str) -> Link:
+    fit = fit_link(_points(record["links"][level]))
+    exchanged = [_outside(row, record) / row["seconds"] for row in _collective(record, level, "all_to_all")]
     return Link(
         name=name,
-        bandwidth=_round(level["flood"]["bandwidth"]),
+        # whichever pattern got more through: both have every rank send and receive
+        bandwidth=_round(max(record["links"][level]["flood"]["bandwidth"], *exchanged[-1:])),
         latency=_round(fit.alpha),
         source=f"measured by planner calibrate: {what}; a message alone reaches {_round(fit.bandwidth):.4g} bytes/s",
     )
@@ -189,7 +191,7 @@ def topology_of(record: Record, name: str) -> Topology:
     size, hosts = record["host_size"], record["world_size"] // record["host_size"]
     links = record["links"]
     if "intra" in links:
-        inner = _link("loopback", links["intra"], "each rank to its neighbour in the host, all at once")
+        inner = _link("loopback", record, "intra", "each rank to its neighbour in the host, all at once")
     else:
         inner = Link(
             "loopback",
@@ -199,7 +201,7 @@ def topology_of(record: Record, name: str) -> Topology:
     levels = [Level("host", size, inner)]
     if "inter" in links:
         what = "each rank to the next host, all at once, so a share of the host's network card"
-        levels.append(Level("cluster", hosts, _link("network", links["inter"], what)))
+        levels.append(Level("cluster", hosts, _link("network", record, "inter", what)))
     notes = (
         f"{record['threads']} threads a rank; medians of {record['repeats']} repetitions",
         "link bandwidths are per rank with every rank sending; the calibration file next to this one holds every point",
@@ -216,8 +218,8 @@ def calibration_of(record: Record, topology: Topology) -> Calibration:
     floor = _floor(record)
     latency = inner.latency if topology.host_size > 1 else 0.0
     latency += outer.latency if topology.hosts > 1 else 0.0
-    fabric = _reached(record, "intra", topology)
-    network = _reached(record, "inter", topology)
+    fabric = _reached(record, inner, "intra")
+    network = _reached(record, outer, "inter")
     reached: dict[str, Any] = {
         "cache_speedup": max(record["memory"]["cache"] / _memory_peak(record), 1.0),
         "stream_efficiency": _stream_efficiency(record),
@@ -285,16 +287,20 @@ def _floor(record: Record) -> float:
     return float(rows[0]["seconds"]) if rows else 0.0
 
 
-def _reached(record: Record, level: str, topology: Topology) -> float | None:
+def _outside(row: Record, record: Record) -> float:
+    """Bytes of an all-to-all that each rank sends over the link: to other ranks, or to those of other hosts."""
+    n, own = row["ranks"], 1 if row["level"] == "intra" else record["host_size"]
+    return float(row["bytes"] * (n - own) / n)
+
+
+def _reached(record: Record, link: Link, level: str) -> float | None:
     """Fraction of the link that the largest all-to-all reaches, its floor taken off; None where there is none."""
     rows = _collective(record, level, "all_to_all")
     if len(rows) < 2:
         return None
-    n, g = rows[-1]["ranks"], topology.host_size
-    outside = (n - 1) / n if level == "intra" else (n - g) / n
-    link = topology.intra_link if level == "intra" else topology.inter_link
-    seconds = rows[-1]["seconds"] - rows[0]["seconds"]
-    return float(rows[-1]["bytes"] * outside / seconds / link.bandwidth)
+    seconds = max(rows[-1]["seconds"] - rows[0]["seconds"], 0.0)
+    # more than all of the link would be the noise of the floor
+    return min(_outside(rows[-1], record) / max(seconds, 1e-9) / link.bandwidth, 1.0)
 
 
 def calibration_path(topology: str | Path) -> Path:

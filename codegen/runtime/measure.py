@@ -43,7 +43,7 @@ _FLOOD_BYTES = (
     8 * 2**20
 )  # the most a rank sends in one repetition over a fast link: the size of a large exchange
 _COLLECTIVE_BYTES = (1024, 65536, 2**20, 2**22)
-_SPAN = 0.1  # seconds that the repetitions of one measurement fill together
+_SPAN = 0.05  # seconds that the repetitions of one measurement fill together
 _MOST_REPEATS = 40
 _SMALL = 4096  # bytes; messages up to this are timed in batches
 _SLOW = 0.6  # seconds: once a message takes this long, larger ones are left out
