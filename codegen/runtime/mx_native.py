@@ -19,6 +19,7 @@ from torch import Tensor
 from codegen.runtime import _native
 from codegen.runtime.mx_blocks import MIN_TENSOR_SCALE, from_blocks, mode_offset, pad_to_blocks, to_blocks
 from codegen.runtime.mx_elements import FRACTION_BITS, divide
+from codegen.runtime.mx_rowwise import affine_scales, fp8_scales, from_rows, to_rows
 from ir.formats import ELEMENTS, Format, parse_format
 
 Result = TypeVar("Result")
@@ -26,6 +27,20 @@ Result = TypeVar("Result")
 PIECE = 1 << 20  # elements; 4 MiB of input: large against a call, small against memory
 BLOCKS = (16, 32)  # block sizes that the kernels are built for
 MAX_FORMATS = 8  # MAX_FORMATS of kernels.c
+
+
+# one format for each kernel, compared with the torch path before the kernels are used
+_CHECKED = (
+    "mxfp8_e4m3",
+    "mxfp4_e2m1:even:away",
+    "mxint8:rceil",
+    "mx9",
+    "nvfp4",
+    "msfp12",
+    "int4",
+    "int8_fused",
+    "fp8_row",
+)
 
 
 class _Grid(ctypes.Structure):
@@ -62,7 +77,7 @@ def _grid(format: Format) -> _Grid:
 
 @functools.lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    """The kernels, after a check against the torch path on values of every binade."""
+    """The kernels, after a check against the torch path on values of every binade and on ties."""
     library = _native.load()
     if library is None:
         return None
@@ -70,20 +85,33 @@ def _library() -> ctypes.CDLL | None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (8, 333), generator=generator)
     wild = bits.to(torch.int32).view(torch.float32)
-    sample = torch.cat([torch.randn(8, 333, generator=generator), wild])
-    for name in ("mxfp8_e4m3", "mxfp4_e2m1:even:away", "mxint8:rceil", "mx9", "nvfp4", "msfp12"):
+    ties = torch.randint(-128, 129, (8, 333), generator=generator) / 16
+    sample = torch.cat([torch.randn(8, 333, generator=generator), wild, ties])
+    for name in _CHECKED:
         format = parse_format(name)
-        torch_path = from_blocks(to_blocks(pad_to_blocks(sample, format.block), format), format)
-        expected = torch_path.reshape(len(sample), -1)[:, : sample.shape[1]].contiguous()
-        if not torch.equal(_run(library, sample, format).view(torch.int32), expected.view(torch.int32)):
+        if format.granularity == "block":
+            torch_path = from_blocks(to_blocks(pad_to_blocks(sample, format.block), format), format)
+            expected = torch_path.reshape(len(sample), -1)[:, : sample.shape[1]]
+        else:
+            expected = from_rows(to_rows(sample, format), format)
+        if not _same_bits(_run(library, sample, format), expected):
             _native.reject(f"they differ from the torch path for {name} on this machine")
             return None
     return library
 
 
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, but that one NaN is as good as another."""
+    return bool(((a.view(torch.int32) == b.contiguous().view(torch.int32)) | (a.isnan() & b.isnan())).all())
+
+
 def usable(x: Tensor, format: Format) -> bool:
     """Whether :func:`quantize_dequantize` has a kernel for this tensor and format."""
-    if x.device.type != "cpu" or format.granularity != "block" or format.block not in BLOCKS:
+    if x.device.type != "cpu" or format.granularity == "element":
+        return False
+    if format.granularity != "block":
+        return _library() is not None
+    if format.block not in BLOCKS:
         return False
     if format.sub_block and (format.sub_block, format.sub_bits, format.block) != (2, 1, 16):
         return False
@@ -101,33 +129,71 @@ def quantize_dequantize(x_rn: Tensor, format: Format) -> Tensor:
 
 def _run(library: ctypes.CDLL, x_rn: Tensor, format: Format) -> Tensor:
     out = torch.empty_like(x_rn)
-    n = x_rn.shape[1]
-    grid = ctypes.byref(_grid(format))
-    pieces = _pieces(x_rn, format.block)
+    if format.granularity != "block":
+        _run_rows(library, x_rn, out, format)
+        return out
+    kernel: Callable[..., int] = (
+        library.shardwright_qdq_pairs if format.sub_block else library.shardwright_qdq_mx
+    )
+    parameters: tuple[object, ...] = (ctypes.c_int32(format.block),)
     if format.scale == "e4m3":
-        maxima = _map(
-            lambda at, rows, n: library.shardwright_finite_max(_at(x_rn, at), _i64(rows), _i64(n)), pieces
-        )
-        # the same float32 operations as mx_blocks, on one number
-        whole = torch.tensor(max(maxima), dtype=torch.float32)
-        scale = divide(whole, ELEMENTS["e4m3"].max * format.element.max).clamp(min=MIN_TENSOR_SCALE)
-        scales = ctypes.c_float(scale.item()), ctypes.c_float(divide(1.0, scale).item())
+        kernel, parameters = library.shardwright_qdq_nvfp4, _nvfp4_scales(library, x_rn, format)
+    grid = ctypes.byref(_grid(format))
 
-        def nvfp4(at: int, rows: int, n: int) -> int:
-            xy = _at(x_rn, at), _at(out, at)
-            return int(library.shardwright_qdq_nvfp4(*xy, _i64(rows), _i64(n), *scales, grid))
+    def blocks(at: int, rows: int, n: int) -> int:
+        return kernel(_at(x_rn, at), _at(out, at), _i64(rows), _i64(n), *parameters, grid)
 
-        codes = _map(nvfp4, pieces)
-    else:
-        kernel = library.shardwright_qdq_pairs if format.sub_block else library.shardwright_qdq_mx
-
-        def blocks(at: int, rows: int, n: int) -> int:
-            size = ctypes.c_int32(format.block)
-            return int(kernel(_at(x_rn, at), _at(out, at), _i64(rows), _i64(n), size, grid))
-
-        codes = _map(blocks, pieces)
-    assert not any(codes), (format.id, n)
+    codes = _map(blocks, _pieces(x_rn, format.block))
+    assert not any(codes), format.id
     return out
+
+
+def _nvfp4_scales(
+    library: ctypes.CDLL, x_rn: Tensor, format: Format
+) -> tuple[ctypes.c_float, ctypes.c_float]:
+    """The tensor's scale and its reciprocal, by the float32 operations of mx_blocks."""
+
+    def finite_max(at: int, rows: int, n: int) -> float:
+        return float(library.shardwright_finite_max(_at(x_rn, at), _i64(rows), _i64(n)))
+
+    whole = torch.tensor(max(_map(finite_max, _pieces(x_rn, format.block))), dtype=torch.float32)
+    scale = divide(whole, ELEMENTS["e4m3"].max * format.element.max).clamp(min=MIN_TENSOR_SCALE)
+    return ctypes.c_float(scale.item()), ctypes.c_float(divide(1.0, scale).item())
+
+
+def _run_rows(library: ctypes.CDLL, x_rn: Tensor, out: Tensor, format: Format) -> None:
+    """Formats whose scale spans a row or the tensor: one read for the range, one for the values.
+
+    Row scales are a few numbers and made by mx_rowwise itself. Pieces are whole rows, or for one scale per
+    tensor whole pieces, which then all have the same scale.
+    """
+    whole_rows = format.granularity == "row"
+    pieces = _row_pieces(x_rn) if whole_rows else _pieces(x_rn.reshape(1, -1), 1)
+
+    def largest(at: int, rows: int, n: int) -> Tensor:
+        found = torch.empty(rows, 1)
+        library.shardwright_row_max(_at(x_rn, at), _i64(rows), _i64(n), _at(found, 0))
+        return found
+
+    tensor_scales = None
+    if not whole_rows:
+        tensor_scales = fp8_scales(torch.stack(_map(largest, pieces)).amax().reshape(1, 1), format)
+
+    def fp8(at: int, rows: int, n: int) -> None:
+        multiplier, scale = tensor_scales or fp8_scales(largest(at, rows, n), format)
+        data = _at(x_rn, at), _at(out, at), _i64(rows), _i64(n)
+        library.shardwright_row_fp8(*data, _at(multiplier, 0), _at(scale, 0), ctypes.byref(_grid(format)))
+
+    def affine(at: int, rows: int, n: int) -> None:
+        low, high = torch.empty(rows, 1), torch.empty(rows, 1)
+        size = _i64(rows), _i64(n)
+        library.shardwright_row_range(_at(x_rn, at), *size, _at(low, 0), _at(high, 0))
+        scale, bias, inverse = (part.float() for part in affine_scales(low, high, format))
+        scales = _at(scale, 0), _at(bias, 0), _at(inverse, 0)
+        levels = ctypes.c_float(format.element.max)
+        library.shardwright_row_affine(_at(x_rn, at), _at(out, at), *size, *scales, levels)
+
+    _map(fp8 if format.scale == "fp32" else affine, pieces)
 
 
 def qsnr_sums(x_rn: Tensor, formats: tuple[Format, ...]) -> tuple[list[float], float] | None:
@@ -169,10 +235,16 @@ def _pieces(x_rn: Tensor, block: int) -> list[tuple[int, int, int]]:
     """(first element, rows, elements of a row) of pieces of whole rows, or of whole blocks of one row."""
     rows, n = x_rn.shape
     if n <= PIECE:
-        step = max(1, PIECE // max(1, n))
-        return [(row * n, min(step, rows - row), n) for row in range(0, rows, step)]
+        return _row_pieces(x_rn)
     wide = PIECE // block * block
     return [(row * n + at, 1, min(wide, n - at)) for row in range(rows) for at in range(0, n, wide)]
+
+
+def _row_pieces(x_rn: Tensor) -> list[tuple[int, int, int]]:
+    """(first element, rows, elements of a row) of pieces of whole rows."""
+    rows, n = x_rn.shape
+    step = max(1, PIECE // n)
+    return [(row * n, min(step, rows - row), n) for row in range(0, rows, step)]
 
 
 def _map(call: Callable[[int, int, int], Result], pieces: list[tuple[int, int, int]]) -> list[Result]:

@@ -54,6 +54,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes
     k = codes.shape[-1]
+    if bits == 4 and k % 2 == 0:
+        return codes[..., 0::2] | codes[..., 1::2] << 4
     string = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     string = torch.nn.functional.pad(string.flatten(-2), (0, -k * bits % 8))
     return _bytes_of(string.reshape(*string.shape[:-1], string.shape[-1] // 8, 8))
@@ -63,6 +65,8 @@ def unpack_bits(data: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of :func:`pack_bits`: the first ``count`` codes of each last axis."""
     if bits == 8:
         return data[..., :count]
+    if bits == 4:
+        return torch.stack([data & 15, data >> 4], dim=-1).flatten(-2)[..., :count]
     string = (data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1
     return _bytes_of(string.flatten(-2)[..., : count * bits].reshape(*data.shape[:-1], count, bits))
 

@@ -27,20 +27,32 @@ class Rows(NamedTuple):
     biases: Tensor | None  # (rows, 1)
 
 
-def to_rows(x_rn: Tensor, format: Format) -> Rows:
-    """Quantise rows. A row (for one scale per tensor: the tensor) with a NaN or infinity becomes all NaN."""
-    if format.scale == "fp32":
-        return _to_fp8(x_rn, format)
-    low, high = x_rn.amin(-1, keepdim=True), x_rn.amax(-1, keepdim=True)
+class Affine(NamedTuple):
+    """Row scales of an integer format, each (rows, 1): ``code = round((x - bias) * inverse)``."""
+
+    scale: Tensor  # in the stored type
+    bias: Tensor  # in the stored type
+    inverse: Tensor  # float32
+
+
+def affine_scales(low: Tensor, high: Tensor, format: Format) -> Affine:
+    """Scales of rows with the least value ``low`` and the largest ``high``; NaN where one is not finite."""
     broken = ~(torch.isfinite(low) & torch.isfinite(high))
     if format.scale == "fp32_bias":
         scale, bias, inverse = _fused8_scale(low, high)
     else:
         scale, bias, inverse = _half_scale(low, high, format.element.max)
-    steps = (x_rn - bias.float()) * inverse
-    codes = torch.where(broken, 0.0, steps).nan_to_num_().round_().clamp_(0, format.element.max)
     nan = float("nan")
-    scale, bias = scale.masked_fill(broken, nan), bias.masked_fill(broken, nan)
+    return Affine(scale.masked_fill(broken, nan), bias.masked_fill(broken, nan), inverse)
+
+
+def to_rows(x_rn: Tensor, format: Format) -> Rows:
+    """Quantise rows. A row (for one scale per tensor: the tensor) with a NaN or infinity becomes all NaN."""
+    if format.scale == "fp32":
+        return _to_fp8(x_rn, format)
+    scale, bias, inverse = affine_scales(x_rn.amin(-1, keepdim=True), x_rn.amax(-1, keepdim=True), format)
+    steps = (x_rn - bias.float()) * inverse
+    codes = steps.nan_to_num_(nan=0.0).clamp_(0, format.element.max).round_()
     return Rows(codes.to(torch.uint8), scale, bias)
 
 
@@ -63,20 +75,23 @@ def _half_scale(low: Tensor, high: Tensor, levels: float) -> tuple[Tensor, Tenso
     return scale.masked_fill(unusable, 1.0), bias, inverse.masked_fill(unusable, 1.0)
 
 
-def _to_fp8(x_rn: Tensor, format: Format) -> Rows:
-    """FP8 as FBGEMM's quantize_fp8_row does it: ``code = FP8(x * (max / m))``, stored scale ``1 / (max / m)``.
+def fp8_scales(largest: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """Multiplier and stored scale, as FBGEMM's quantize_fp8_row makes them: ``max / m`` and ``1 / (max / m)``.
 
     ``m`` is the largest magnitude, raised to 1e-12 and lowered to the scale bound; larger values saturate.
+    The scale is NaN where ``largest`` is not finite.
     """
+    multiplier = divide(format.element.max, largest.clamp(min=FP8_MIN_MAX, max=format.scale_bound))
+    return multiplier, divide(1.0, multiplier).masked_fill(~torch.isfinite(largest), float("nan"))
+
+
+def _to_fp8(x_rn: Tensor, format: Format) -> Rows:
     element = format.element
     whole = x_rn.abs().amax() if format.granularity == "tensor" else x_rn.abs().amax(-1, keepdim=True)
-    whole = whole.reshape(-1, 1)
-    maximum = whole.clamp(min=FP8_MIN_MAX, max=format.scale_bound)
-    multiplier = divide(element.max, maximum)
-    broken = ~torch.isfinite(whole)
-    scaled = torch.where(broken, 0.0, x_rn * multiplier).clamp_(-element.max, element.max)
+    multiplier, scale = fp8_scales(whole.reshape(-1, 1), format)
+    scaled = torch.where(torch.isnan(scale), 0.0, x_rn * multiplier).clamp_(-element.max, element.max)
     grid = round_to_grid(scaled.abs(), element, format.rounding).copysign_(scaled)
-    return Rows(encode(grid, element), divide(1.0, multiplier).masked_fill(broken, float("nan")), None)
+    return Rows(encode(grid, element), scale, None)
 
 
 def from_rows(rows: Rows, format: Format) -> Tensor:

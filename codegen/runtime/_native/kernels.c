@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ABI_VERSION 1
+#define ABI_VERSION 2
 #define MAX_FORMATS 8
 #define INLINE static inline __attribute__((always_inline))
 
@@ -189,6 +189,71 @@ float shardwright_finite_max(const float *xs, int64_t rows, int64_t n) {
         most = m < EXPONENT ? max32(most, m) : most;
     }
     return float_of(most);
+}
+
+/* --- rows that share a scale: FBGEMM's integers and FP8 --- */
+
+/* The least and the largest value of each row; both NaN if one value is not finite. */
+void shardwright_row_range(const float *xs, int64_t rows, int64_t n, float *low, float *high) {
+    for (int64_t row = 0; row < rows; row++) {
+        const float *x = xs + row * n;
+        int32_t m = 0;
+        float least = x[0], most = x[0];
+        for (int64_t i = 0; i < n; i++) {
+            m = max32(m, bits_of(x[i]) & MAGNITUDE);
+            least = x[i] < least ? x[i] : least;
+            most = x[i] > most ? x[i] : most;
+        }
+        low[row] = m < EXPONENT ? least : float_of(QUIET_NAN);
+        high[row] = m < EXPONENT ? most : float_of(QUIET_NAN);
+    }
+}
+
+/* The bits of the largest magnitude of each row, as floats: NaN and infinity stay. */
+void shardwright_row_max(const float *xs, int64_t rows, int64_t n, float *largest_of) {
+    for (int64_t row = 0; row < rows; row++) {
+        const float *x = xs + row * n;
+        int32_t m = 0;
+        for (int64_t i = 0; i < n; i++) m = max32(m, bits_of(x[i]) & MAGNITUDE);
+        largest_of[row] = float_of(m);
+    }
+}
+
+/* y = code * scale + bias, rounded once; code = (x - bias) * inverse to the nearest of 0..levels. */
+void shardwright_row_affine(const float *xs, float *ys, int64_t rows, int64_t n, const float *scale,
+                            const float *bias, const float *inverse, float levels) {
+    for (int64_t row = 0; row < rows; row++) {
+        const float *x = xs + row * n;
+        float *y = ys + row * n;
+        const float s = scale[row], b = bias[row], v = inverse[row];
+        for (int64_t i = 0; i < n; i++) {
+            float code = (x[i] - b) * v;
+            code = code > 0.0f ? code : 0.0f; /* NaN, from an infinite bias, becomes 0 */
+            code = code < levels ? code : levels;
+            code = (code + 8388608.0f) - 8388608.0f; /* 2^23: to the nearest integer, ties to even */
+            y[i] = __builtin_fmaf(code, s, b);
+        }
+    }
+}
+
+/* y = FP8(x * multiplier) * scale, with one multiplier and scale for each row. */
+void shardwright_row_fp8(const float *xs, float *ys, int64_t rows, int64_t n, const float *multiplier,
+                         const float *scale, const grid_t *grid) {
+    const int32_t pmin = grid->pmin, max = grid->max;
+    const float magic = grid->magic, half = grid->half;
+    for (int64_t row = 0; row < rows; row++) {
+        const float *x = xs + row * n;
+        float *y = ys + row * n;
+        const float m = multiplier[row], s = scale[row];
+        if (s != s) {
+            for (int64_t i = 0; i < n; i++) y[i] = s;
+            continue;
+        }
+        for (int64_t i = 0; i < n; i++) {
+            float a = float_of(min32(bits_of(x[i] * m) & MAGNITUDE, max));
+            y[i] = signed_saturated(round_grid(a, pmin, magic, half, max, 0) * s, x[i]);
+        }
+    }
 }
 
 /* --- QSNR of several formats with blocks of 32 in one read ---
