@@ -70,7 +70,7 @@ def _allowance(compiled: Compiled, effort: Effort) -> float:
         return float("inf")
     pieces = 4.0 * compiled.tables
     packing = (1e-6 * pieces + 2e-5) * (SEVERAL if len(compiled.problem.phases) > 1 else 1.0)
-    return packing * (150 if effort == "quick" else 3000)
+    return packing * (min(max(20 * compiled.problem.ranks, 320), 1500) if effort == "quick" else 4000)
 
 
 def _objective(compiled: Compiled) -> Callable[[Sequence[int], list[list[int]]], float] | None:
