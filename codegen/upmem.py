@@ -115,12 +115,12 @@ class UpmemLayout:
         image = np.full(regions.total, UNWRITTEN, dtype=np.uint8)
         head = (
             *(MAGIC, int(self.element == "fp32"), columns.stop - columns.start, regions.stride),
-            *(len(values), len(bounds) - 1, len(places)),
+            *(len(values) * regions.stride, len(bounds) - 1, len(places)),
             *(regions.rows_at, regions.bounds_at, regions.ids_at, regions.sums_at),
         )
         _put(image, 0, np.frombuffer(HEADER.pack(*head, *[0] * (16 - len(head))), dtype=np.uint8))
         _put(image, regions.bounds_at, bounds.astype("<u4").view(np.uint8))
-        _put(image, regions.ids_at, places.astype("<u4").view(np.uint8))
+        _put(image, regions.ids_at, (places * regions.stride).astype("<u4").view(np.uint8))
         padded = np.zeros(
             (len(values), regions.stride // ELEMENT_BYTES), dtype=self.table.dtype.newbyteorder("<")
         )

@@ -47,7 +47,9 @@ ADD_CYCLES: dict[ElementType, float] = {
     "int32": 350 / 58.6,  # instructions an add with its loads and store: 58.6 MOPS at 350 MHz (PrIM)
     "fp32": 350 / 4.9,  # emulated in software: 4.9 MOPS at 350 MHz (PrIM)
 }
-ROW_INSTRUCTIONS = 20.0  # of the kernel's loop around one row: counted in codegen/upmem_dpu/embedding_dpu.c
+ROW_INSTRUCTIONS = (
+    20.0  # around one row: estimated from the loop of codegen/upmem_dpu/embedding_dpu.c, not measured
+)
 ID_BLOCK = 256  # bytes of ids the kernel reads at a time (codegen/upmem_dpu/embedding_dpu.c)
 ID_BYTES = 4  # an id is its row's place in the tile, 32 bits
 
@@ -76,6 +78,9 @@ class PimSystem:
     out_latency: float = 1.83e-4  # a small pull, 4 ranks, stock SDK (the same)
     launch: float = 1.83e-4  # start and join of an empty kernel, 4 ranks, stock SDK (the same)
     host_bandwidth: float = 75e9  # DDR4-2400 server (MyNVM, EuroSys 18)
+    gather: float = (
+        11.4e9  # CPU rows at random: 491 MB in 42.8 ms (PIM-Embedding-Lookup perf_rm2_b32.md @ffca0d60)
+    )
 
     def __post_init__(self) -> None:
         if not 1 <= self.tasklets <= MAX_TASKLETS:

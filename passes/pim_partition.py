@@ -216,7 +216,7 @@ def _place(
         place = tiles.take(int(frequency[row]), 1, 0)
         assert place is not None, "there is room for every row: checked above"
         owner[row] = place
-    _fill(owner, np.asarray(tiles.used, dtype=np.int64), tile_rows)
+    _fill(owner, tiles, frequency)
     return owner, tuple(kept)
 
 
@@ -250,16 +250,36 @@ class _Tiles:
         return found
 
 
-def _fill(owner: IntArray, used: IntArray, tile_rows: int) -> None:
-    """Rows that were never read, so that all tiles hold about as many rows."""
+def _fill(owner: IntArray, tiles: _Tiles, frequency: IntArray) -> None:
+    """Rows that the trace never read, so that their expected reads even out the tiles.
+
+    Together they expect as many reads as there are rows read once (Good-Turing: Good, Biometrika 40, 1953).
+    """
     rest = np.flatnonzero(owner == -2)
-    low, high = int(used.min()), tile_rows
-    while low < high:  # the highest level that the rows fill
-        level = (low + high + 1) // 2
-        low, high = (level, high) if int(np.maximum(level - used, 0).sum()) <= len(rest) else (low, level - 1)
-    gets = np.maximum(low - used, 0)
+    if not len(rest):
+        return
+    used = np.asarray(tiles.used, dtype=np.int64)
+    room = (tiles.size - used).astype(np.float64)
+    each = max(int((frequency == 1).sum()), 1) / len(rest)
+    loads = np.bincount(owner[owner >= 0], weights=frequency[owner >= 0], minlength=len(used)) / each
+
+    def filled(level: float) -> npt.NDArray[np.float64]:
+        return np.minimum(np.floor(np.maximum(level - loads, 0)), room)
+
+    low, high = 0.0, float(loads.max() + room.max() + 1)
+    for _ in range(100):  # the highest level that does not need more rows than there are
+        middle = (low + high) / 2
+        low, high = (middle, high) if filled(middle).sum() <= len(rest) else (low, middle)
+    gets = filled(low).astype(np.int64)
     short = len(rest) - int(gets.sum())
-    gets[np.flatnonzero((used + gets < tile_rows) & (used + gets == np.maximum(used, low)))[:short]] += 1
+    for tile in np.argsort(loads + gets, kind="stable").tolist():
+        more = min(short, int(room[tile]) - int(gets[tile]), max(1, -(-short // len(used))))
+        gets[tile] += more
+        short -= more
+    for tile in range(len(used)):  # what room alone can still take
+        more = min(short, int(room[tile]) - int(gets[tile]))
+        gets[tile] += more
+        short -= more
     owner[rest] = np.repeat(np.arange(len(used)), gets)
 
 

@@ -238,7 +238,7 @@ def split_reduction(problem: TileProblem, popularity: FloatArray, tile: Tile) ->
     dpus = tile.row_tiles * tile.col_tiles
     ids = dpus * 4 * reads / host_bandwidth("in", dpus, system)
     line = -(-problem.cols * ELEMENT_BYTES // LINE) * LINE
-    gather = problem.ids * (1 - left) * line / system.host_bandwidth
+    gather = problem.ids * (1 - left) * line / system.gather
     moved = dpus * 4 * problem.ids * tile.rows / problem.rows / host_bandwidth("in", dpus, system)
     base = tile.time.total - tile.time.lookup - moved
     seconds = base + ids + np.maximum(reads * cycles / system.clock, gather)

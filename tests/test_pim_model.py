@@ -174,13 +174,13 @@ def test_best_tile_equals_brute_force_on_200_random_problems() -> None:
 
 
 def test_the_cpu_takes_the_hot_rows_only_when_that_helps() -> None:
-    problem = TileProblem(20_000, 64, 512, 50, PimSystem(dpus=256, host_bandwidth=2e9))
+    problem = TileProblem(20_000, 64, 512, 50, PimSystem(dpus=256, gather=2e9))
     tile = best_tile(problem)
     hot = np.arange(1, problem.rows + 1, dtype=np.float64) ** -1.2
     share = split_reduction(problem, hot, tile)
     assert 0 < share.rows < problem.rows
     assert share.seconds < share.alone
-    fast_cpu = PimSystem(dpus=256, host_bandwidth=1e12)
+    fast_cpu = PimSystem(dpus=256, gather=1e12)
     assert split_reduction(TileProblem(20_000, 64, 512, 50, fast_cpu), hot, tile).accesses == 1
-    slow_cpu = PimSystem(dpus=256, host_bandwidth=1e6)
+    slow_cpu = PimSystem(dpus=256, gather=1e6)
     assert split_reduction(TileProblem(20_000, 64, 512, 50, slow_cpu), hot, tile).rows == 0

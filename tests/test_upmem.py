@@ -156,6 +156,9 @@ def test_the_widest_row_is_one_dma_and_a_wider_one_is_refused(programs: dict[int
         emulate(layout, ids, offsets, program=programs[16])
 
 
+ID_WORD = 16 + 8  # first id of small_layout(): after the header and the bounds of four bags
+
+
 def small_layout() -> UpmemLayout:
     rng = np.random.default_rng(8)
     return build_layout(uniform(ROWS, 6, 6, 1), make_table(rng, 6, "int32"), max_bags=4, max_ids=64)
@@ -178,6 +181,7 @@ def words(image: bytearray) -> np.ndarray:
         (7, 2**20, "outside the image"),
         (8, 2**26, "outside the image"),  # bag bounds
         (10, 4, "not a multiple of 8"),  # sums
+        (ID_WORD, 4, "not a multiple of 8"),  # an id that is not at the start of a row
         (10, 2**26 - 8, "outside the image"),
     ],
 )
@@ -208,7 +212,7 @@ def test_a_header_that_makes_no_sense_is_reported(
 def test_an_id_outside_the_tile_is_reported(programs: dict[int, Path], tmp_path: Path) -> None:
     layout = small_layout()
     image = images_of(layout)
-    words(image)[layout.regions.ids_at // 4 + 3] = ROWS
+    words(image)[layout.regions.ids_at // 4 + 3] = ROWS * layout.regions.stride
     after = run_images(programs[1], iter([bytes(image)]), layout.regions.total, tmp_path)
     with pytest.raises(EmulationError, match="id outside the tile"):
         layout.sums_of(after[0], 4, 0)

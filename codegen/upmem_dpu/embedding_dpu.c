@@ -6,7 +6,7 @@
  *   header | bag bounds | ids | sums | rows
  *
  * bag bounds  bags + 1 uint32: ids of bag b are ids[bounds[b]] .. ids[bounds[b + 1] - 1]
- * ids         uint32 places of entries in `rows`
+ * ids         uint32 offsets of entries in `rows`, in bytes: a DPU has no fast 32-bit multiplication
  * sums        `bags` results of `stride` bytes, written by this kernel
  * rows        entries of `stride` bytes: the tile's rows, then its stored partial sums
  *
@@ -35,7 +35,7 @@ struct header {
     uint32_t element; /* 0 int32, 1 fp32 */
     uint32_t columns; /* elements of an entry in use */
     uint32_t stride;  /* bytes of an entry: a multiple of 8, at most 2048 */
-    uint32_t entries;
+    uint32_t rows_bytes; /* of all entries */
     uint32_t bags;
     uint32_t ids;
     uint32_t rows_at; /* offsets in bytes from the start of the heap */
@@ -119,18 +119,18 @@ main(void)
             sum[c].word = 0;
 
         for (; next < end; next++) {
-            uint32_t place;
+            uint32_t offset;
 
             if (next / IDS_PER_BLOCK != held) {
                 held = next / IDS_PER_BLOCK;
                 mram_read(at(header.ids_at + held * ID_BLOCK), block, ID_BLOCK);
             }
-            place = block[next % IDS_PER_BLOCK];
-            if (place >= header.entries) {
+            offset = block[next % IDS_PER_BLOCK];
+            if (offset >= header.rows_bytes) {
                 report(2);
                 return 2;
             }
-            mram_read(at(header.rows_at + place * header.stride), entry, header.stride);
+            mram_read(at(header.rows_at + offset), entry, header.stride);
             add(sum, entry, header.columns, header.element);
         }
         mram_write(sum, at(header.sums_at + bag * header.stride), header.stride);
