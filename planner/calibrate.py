@@ -300,7 +300,7 @@ def _reached(record: Record, link: Link, level: str) -> float | None:
         return None
     seconds = max(rows[-1]["seconds"] - rows[0]["seconds"], 0.0)
     # more than all of the link would be the noise of the floor
-    return min(_outside(rows[-1], record) / max(seconds, 1e-9) / link.bandwidth, 1.0)
+    return float(min(_outside(rows[-1], record) / max(seconds, 1e-9) / link.bandwidth, 1.0))
 
 
 def calibration_path(topology: str | Path) -> Path:

@@ -91,7 +91,8 @@ def _tell(output: str, topology: Topology, calibration: Calibration, as_json: bo
         click.echo(json.dumps({"topology": topology.to_dict(), "calibration": dump_record(calibration)}))
         return
     tier = topology.device.tiers[0]
-    click.echo(f"{topology.hosts} hosts of {topology.host_size} ranks; per rank, all ranks at work:")
+    shape = f"{topology.hosts} x {topology.host_size}"
+    click.echo(f"hosts x ranks: {shape}; per rank, with all ranks at work:")
     click.echo(
         f"  memory   {format_bytes(tier.capacity)}, read {format_bandwidth(tier.read_bandwidth)}, "
         f"write {format_bandwidth(tier.write_bandwidth)}"

@@ -182,6 +182,9 @@ def test_files_read_back(tmp_path: Path) -> None:
 def test_ranks_that_cannot_be() -> None:
     with pytest.raises(InputError, match="1 to 256 ranks"):
         measure_here(0)
+    run = CliRunner().invoke(calibrate, ["--ranks", "0", "-o", "none.yaml"])
+    assert run.exit_code == 2
+    assert "1 to 256 ranks" in run.output
 
 
 def test_this_machine_with_two_ranks(tmp_path: Path) -> None:

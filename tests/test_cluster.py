@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cluster import Cluster, ClusterError, ClusterUnavailable, check_machine
+from benchmarks.cluster import launcher as launcher_module
 from benchmarks.cluster import network as network_module
 from benchmarks.cluster.namespaces import PREFIX, Namespace, existing, start_tick
 from ir.errors import InputError
@@ -95,6 +96,21 @@ def test_sizes_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
 def test_a_cluster_that_is_not_up_says_so() -> None:
     with pytest.raises(InputError, match="inside `with"):
         Cluster(2, 1, "1Gbps").traffic()
+
+
+def test_cleaning_up_is_not_interrupted_but_the_signal_is_not_lost() -> None:
+    done = False
+
+    def clean() -> None:
+        nonlocal done
+        with launcher_module._undisturbed():
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            done = True
+
+    with pytest.raises(KeyboardInterrupt):
+        clean()
+    assert done
 
 
 # --- real packets -----------------------------------------------------------------------------------------------
@@ -238,6 +254,7 @@ def test_a_failing_script_and_one_that_hangs(tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text("import sys; print('so far'); sys.exit(3)")
     with Cluster(1, 1, "1Gbps") as cluster:
+        helper = cluster.popen(0, ["sleep", "100"])
         result = cluster.run(script, timeout=120)
         assert result.exit_code == 1  # torchrun's own code when a rank fails
         assert result.logs[0].strip() == "so far"
@@ -245,7 +262,7 @@ def test_a_failing_script_and_one_that_hangs(tmp_path: Path) -> None:
             cluster.run(tmp_path / "none.py")
         with pytest.raises(ClusterError, match="did not finish in time"):
             cluster.run(script, timeout=0.2)
-        assert cluster.network.hosts[0].processes() == []
+        assert cluster.network.hosts[0].processes() == [helper.pid]
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------

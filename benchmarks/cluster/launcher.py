@@ -102,8 +102,8 @@ class Cluster:
 
     def __exit__(self, *failure: object) -> None:
         with _undisturbed():
+            self._stop(list(self._running), 1.0 if failure[0] else 0.0)
             network, self._network = self._network, None
-            self._stop(1.0 if failure[0] else 0.0)
             if network is not None:
                 network.close()
         self._release_signals()
@@ -169,7 +169,7 @@ class Cluster:
             codes = self._wait(agents, started + timeout)
         finally:
             with _undisturbed():
-                self._stop(_GRACE)
+                self._stop(agents, _GRACE)
         for reader in readers:
             reader.join()
         failed = [code for code in codes if code]
@@ -246,23 +246,25 @@ class Cluster:
             time.sleep(0.02)
         return codes
 
-    def _stop(self, grace: float) -> None:
-        """End what runs: the agents politely (they end their ranks), then everything inside the hosts."""
-        for process in self._running:
+    def _stop(self, processes: Sequence[subprocess.Popen[Any]], grace: float) -> None:
+        """End these politely (agents then end their ranks), and what is left inside the hosts of them not."""
+        for process in processes:
             if process.poll() is None:
                 process.terminate()
         deadline = time.monotonic() + grace
-        for process in self._running:
+        for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
+        # a rank has a session of its own; what popen() started for somebody else is known by its session
+        others = {process.pid for process in self._running if process not in processes}
         if self._network is not None:
             for space in self._network.hosts:
-                space.kill()
-        for process in self._running:
+                space.kill(others)
+        for process in processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        self._running.clear()
+        self._running = [process for process in self._running if process not in processes]
 
     def _catch_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -283,12 +285,23 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Cleaning up is not itself interrupted; a signal that comes meanwhile takes effect afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    """Cleaning up is not itself interrupted; a signal that comes meanwhile takes effect afterwards.
+
+    Handlers are exchanged rather than signals blocked: a blocked signal would reach another thread,
+    and Python would run its handler in the main thread all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda caught, frame: came.append(caught)) for number in _ENDING}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 _LIBC = ctypes.CDLL(None)

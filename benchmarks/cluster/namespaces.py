@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,13 @@ def start_tick(pid: int) -> int | None:
     # the command name, field 2, may hold spaces and brackets; the last bracket ends it
     fields = text.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def new_family() -> str:
@@ -70,10 +77,12 @@ class Namespace:
                         inside.append(int(entry))
         return inside
 
-    def kill(self) -> None:
-        """End every process inside at once, whatever it does about it."""
+    def kill(self, spare: Collection[int] = ()) -> None:
+        """End every process inside at once, whatever it does about it; sessions in ``spare`` live on."""
         for _ in range(_KILL_ROUNDS):
-            running = [pid for pid in self.processes() if start_tick(pid) is not None]
+            running = [
+                pid for pid in self.processes() if start_tick(pid) is not None and _session(pid) not in spare
+            ]
             if not running:
                 return
             for pid in running:
@@ -84,7 +93,9 @@ class Namespace:
     def remove(self) -> None:
         """Kill what runs inside and delete the namespace with its links; no error when it is gone."""
         self.kill()
-        subprocess.run(["ip", "netns", "delete", self.name], capture_output=True, check=False)
+        # in a session of its own: Ctrl-C at the terminal is not for it
+        command = ["ip", "netns", "delete", self.name]
+        subprocess.run(command, capture_output=True, check=False, start_new_session=True)
 
 
 def existing() -> list[Namespace]:

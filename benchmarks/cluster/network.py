@@ -75,7 +75,7 @@ class Traffic:
 
 
 def _call(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode:
         reason = (
             done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
@@ -102,7 +102,7 @@ def check_machine(latency: float = 0.0) -> None:
     try:
         _need("network namespaces (CAP_SYS_ADMIN)", "ip", "netns", "add", probe.name)
         at = ("ip", "-n", probe.name, "link", "add")
-        _need("bridges (module bridge)", *at, "br0", "type", "bridge")
+        _need("bridges (module bridge, CAP_NET_ADMIN)", *at, "br0", "type", "bridge")
         _need("veth pairs (module veth)", *at, "left", "type", "veth", "peer", "name", "right")
         bucket = ("tbf", "rate", "1mbit", "burst", "16384", "limit", "65536")
         add = ("tc", "-n", probe.name, "qdisc", "add", "dev")
