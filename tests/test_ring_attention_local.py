@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codegen.runtime.context_parallel import KVCache, balanced, contiguous, empty, merge, round_robin
-from codegen.runtime.context_parallel.kernels import Blockwise, FlashCpu, choose
+from codegen.runtime.context_parallel.kernels import Blockwise, FlashCpu, FlashCuda, choose
 from codegen.runtime.context_parallel.pieces import Piece, between, split
 from codegen.runtime.context_parallel.placement import Placement
 from ir.errors import InputError
@@ -80,6 +80,24 @@ def test_pieces_cover_each_visible_pair_once(queries: np.ndarray, keys: np.ndarr
     assert total == wanted.sum()
 
 
+@given(st.integers(0, 12), st.integers(0, 4), st.integers(0, 12), ranks, st.booleans())
+def test_pieces_between_ranks_see_every_visible_pair(
+    before: int, new: int, later: int, size: int, causal: bool
+) -> None:
+    """Queries in the middle of their keys: tokens come before and after them."""
+    queries = balanced([new], size, [before])
+    keys = balanced([before], size).extend(queries).extend(balanced([later], size, [before + new]))
+    seen = sum(
+        piece.pairs
+        for mine in range(size)
+        for other in range(size)
+        for _, parts in between(queries, mine, keys, other, causal)
+        for piece in parts
+    )
+    whole = new * (before + new + later)
+    assert seen == (sum(range(before + 1, before + new + 1)) if causal else whole)
+
+
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), ranks, st.integers(1, 12))
 def test_decoding_fills_ranks_evenly(starts: list[int], size: int, steps: int) -> None:
     keys = balanced(starts, size)
@@ -144,6 +162,16 @@ def test_kernels_equal_the_definition(kernel, piece, heads, dtype) -> None:  # t
     assert (lse.double() - wanted_lse)[seen].abs().max() < bound
     for mine, theirs in zip(found, wanted_gradients, strict=True):
         assert (mine.double() - theirs.double()).abs().max() < 10 * bound
+
+
+@pytest.mark.parametrize("piece", CASES[:4], ids=lambda piece: f"{piece.mask}{piece.rows[1]}x{piece.keys[1]}")
+def test_the_cuda_kernel_is_called_as_its_schema_says(piece: Piece) -> None:
+    """Shapes and types on the meta device; values need a GPU."""
+    q = torch.empty(piece.rows[1], 6, 64, dtype=torch.bfloat16, device="meta")
+    kv = torch.empty(piece.keys[1], 2, 2, 64, dtype=torch.bfloat16, device="meta")
+    out, lse = FlashCuda().forward(q, kv[:, 0], kv[:, 1], piece, 0.1)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:2], torch.float32)
 
 
 class Largest(TorchDispatchMode):
