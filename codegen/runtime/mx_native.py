@@ -25,6 +25,7 @@ from ir.formats import ELEMENTS, Format, parse_format
 Result = TypeVar("Result")
 
 PIECE = 1 << 20  # elements; 4 MiB of input: large against a call, small against memory
+LARGE_RESULT = 1 << 23  # bytes: results of four huge pages (2 MiB on x86-64 and Arm) or more
 BLOCKS = (16, 32)  # block sizes that the kernels are built for
 MAX_FORMATS = 8  # MAX_FORMATS of kernels.c
 
@@ -129,6 +130,8 @@ def quantize_dequantize(x_rn: Tensor, format: Format) -> Tensor:
 
 def _run(library: ctypes.CDLL, x_rn: Tensor, format: Format) -> Tensor:
     out = torch.empty_like(x_rn)
+    if out.nbytes >= LARGE_RESULT:
+        library.shardwright_large_result(_at(out, 0), _i64(out.nbytes))
     if format.granularity != "block":
         _run_rows(library, x_rn, out, format)
         return out
