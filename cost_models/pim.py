@@ -4,14 +4,14 @@ A batch takes five stages, one after the other:
 
   push    ids CPU -> DPUs       alpha_in + n max_d(bytes_d) / W_in(n)           for each transfer
   launch  start and join        constant
-  lookup  slowest DPU           I max( (11 i + d) / t, i, d ) / f
+  lookup  slowest DPU           max_j ( I r_j + B g_j ) / f,  j of tasklets, pipeline, DMA
   pull    sums DPUs -> CPU      alpha_out + n max_d(bytes_d) / W_out(n)
   reduce  sums over row tiles   bytes / W_host
 
-n DPUs, I rows read on a DPU, t tasklets, f clock. d = 77 + b/2 cycles of the DMA engine for a row of b
-bytes (plus its share of reading ids), i instructions a row. A tasklet issues one instruction each 11
-cycles (the pipeline's revolver) and waits for its DMA; the pipeline issues one a cycle; the DMA engine
-serves one transfer at a time: the slowest of the three is the time.
+n DPUs, I rows read on a DPU, B bags, t tasklets, f clock; r_j and g_j are the cycles of a row and of a bag
+under each limit: (11 i + d) / t, i and d for i instructions and d cycles of the DMA engine. A tasklet issues one
+instruction each 11 cycles (the pipeline's revolver) and waits for its DMA; the pipeline issues one a cycle; the
+engine serves one DMA at a time, in 77 + b/2 cycles for b bytes.
 
 A parallel transfer moves the same number of bytes to every DPU, so all are padded to the largest;
 without padding, unequal sizes go one DPU after the other (:func:`serial_transfer`).
@@ -41,6 +41,7 @@ REVOLVER = 11  # cycles between two instructions of one tasklet (PrIM; uPIMulato
 MAX_TASKLETS = 24  # hardware threads of a DPU (UPMEM)
 MRAM_BYTES = 64 * 2**20  # of a DPU (UPMEM)
 WRAM_BYTES = 64 * 2**10  # of a DPU (UPMEM)
+WRAM_RUNTIME = 2048  # bytes left to the SDK's runtime: an allowance, as in codegen/upmem_dpu/shim/harness.c
 WRAM_STACK = 1024  # bytes a tasklet: -DSTACK_SIZE_DEFAULT of the build (codegen/upmem_dpu/embedding_dpu.c)
 RANK = 64  # DPUs of a rank (UPMEM)
 ADD_CYCLES: dict[ElementType, float] = {
@@ -50,6 +51,10 @@ ADD_CYCLES: dict[ElementType, float] = {
 ROW_INSTRUCTIONS = (
     20.0  # around one row: estimated from the loop of codegen/upmem_dpu/embedding_dpu.c, not measured
 )
+BAG_INSTRUCTIONS = (
+    40.0  # around one bag: estimated from the loop of codegen/upmem_dpu/embedding_dpu.c, not measured
+)
+CLEAR_INSTRUCTIONS = 3.0  # to set one element of a sum to zero: estimated as above
 ID_BLOCK = 256  # bytes of ids the kernel reads at a time (codegen/upmem_dpu/embedding_dpu.c)
 ID_BYTES = 4  # an id is its row's place in the tile, 32 bits
 
@@ -113,6 +118,7 @@ class PimLoad:
         dpus: in use.
         row_bytes: of a row of a tile, padded to 8 bytes.
         max_reads: rows read on the DPU with the most (stored sums count as rows).
+        bags: of the batch; every DPU writes one sum a bag.
         push_bytes: per DPU of each transfer to the DPUs, of the DPU with the most.
         pull_bytes: per DPU of the transfer back, of the DPU with the most.
         reduce_bytes: read and written by the CPU to add partial sums.
@@ -122,6 +128,7 @@ class PimLoad:
     dpus: int
     row_bytes: int
     max_reads: float
+    bags: int
     push_bytes: tuple[float, ...]
     pull_bytes: float
     reduce_bytes: float = 0.0
@@ -156,16 +163,30 @@ def _dma_cycles(nbytes: int, cycles: tuple[float, float]) -> float:
     return math.ceil(nbytes / DMA_MAX) * cycles[0] + cycles[1] * nbytes
 
 
-def row_cycle_bounds(row_bytes: int, element: ElementType, tasklets: int) -> tuple[float, float, float]:
-    """Cycles a row under each limit: tasklets waiting, pipeline, DMA engine; the largest holds."""
+Cycles = tuple[float, float, float]
+"""Cycles under each limit: tasklets waiting, pipeline, DMA engine. The largest sum holds."""
+
+
+def row_cycles(row_bytes: int, element: ElementType, tasklets: int) -> Cycles:
+    """To read one row of a tile and add it."""
     dma = mram_read_cycles(row_bytes) + mram_read_cycles(ID_BLOCK) * ID_BYTES / ID_BLOCK
-    instructions = ROW_INSTRUCTIONS + row_bytes / ELEMENT_BYTES * ADD_CYCLES[element]
+    return _limits(ROW_INSTRUCTIONS + row_bytes / ELEMENT_BYTES * ADD_CYCLES[element], dma, tasklets)
+
+
+def bag_cycles(row_bytes: int, tasklets: int) -> Cycles:
+    """To start a bag and write its sum; two bags share a read of their bounds."""
+    dma = mram_read_cycles(16) / 2 + mram_write_cycles(row_bytes)
+    return _limits(BAG_INSTRUCTIONS + row_bytes / ELEMENT_BYTES * CLEAR_INSTRUCTIONS, dma, tasklets)
+
+
+def _limits(instructions: float, dma: float, tasklets: int) -> Cycles:
     return ((REVOLVER * instructions + dma) / tasklets, instructions, dma)
 
 
-def row_cycles(row_bytes: int, element: ElementType = "int32", tasklets: int = 16) -> float:
-    """Cycles of a DPU for one row read and added."""
-    return max(row_cycle_bounds(row_bytes, element, tasklets))
+def lookup_cycles(load: PimLoad, tasklets: int) -> float:
+    """Cycles of the DPU with the most rows to read."""
+    rows, bags = row_cycles(load.row_bytes, load.element, tasklets), bag_cycles(load.row_bytes, tasklets)
+    return max(load.max_reads * row + load.bags * bag for row, bag in zip(rows, bags, strict=True))
 
 
 def host_bandwidth(direction: Direction, dpus: float, system: PimSystem) -> float:
@@ -211,11 +232,10 @@ def lookup_time(load: PimLoad, system: PimSystem) -> PimTime:
             ("pim_dpus",),
             f"{load.dpus} DPUs",
         )
-    cycles = row_cycles(load.row_bytes, load.element, system.tasklets)
     return PimTime(
         push=sum(_transfer("in", size, load.dpus, system) for size in load.push_bytes),
         launch=system.launch,
-        lookup=load.max_reads * cycles / system.clock,
+        lookup=lookup_cycles(load, system.tasklets) / system.clock,
         pull=_transfer("out", load.pull_bytes, load.dpus, system),
         reduce=load.reduce_bytes / system.host_bandwidth,
     )
@@ -228,4 +248,4 @@ def reduce_bytes(batch: int, cols: int, row_tiles: int) -> float:
 
 def wram_need(row_bytes: int, tasklets: int) -> int:
     """Bytes of WRAM the kernel takes: per tasklet a row, a sum, an id block, two bag bounds, a stack."""
-    return tasklets * (2 * row_bytes + ID_BLOCK + 16 + WRAM_STACK) + 64
+    return tasklets * (2 * row_bytes + ID_BLOCK + 16 + WRAM_STACK) + 64 + WRAM_RUNTIME

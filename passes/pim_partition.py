@@ -305,6 +305,7 @@ def batch_load(
         dpus=partition.dpus,
         row_bytes=row_bytes,
         max_reads=float(most),
+        bags=bags,
         push_bytes=(float(push),),
         pull_bytes=float(bags * row_bytes),
         reduce_bytes=reduce_bytes(bags, partition.cols, partition.row_tiles),

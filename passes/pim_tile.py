@@ -2,16 +2,17 @@
 
 A table of R x C, a batch of B bags of L ids, N DPUs, tiles of x columns: K = C/x column tiles, k row tiles.
 
-  T(x, k) = const + 4 B L K / W_in + (B L / k) c(x) / f + 4 B C k (1/W_out + 1/W_host)
-            ids to every column tile + reads of the fullest tile + partial sums of every row tile
+  T(x, k) = const + 4 B L K / W_in + max_j ((B L / k) r_j(x) + B g_j(x)) / f + 4 B C k (1/W_out + 1/W_host)
+            ids to every column tile + the fullest tile's rows and bags + partial sums of every row tile
 
-with c(x) = max_j (a_j + b_j x) cycles a row (:func:`cost_models.pim.row_cycle_bounds`). This is UpDLRM's tile
-problem (arXiv 2406.13941) with the pipeline's limit added; with all DPUs in use, k = N x / C, it becomes
+with the cycles of a row r_j = a_j + b_j x and of a bag g_j = u_j + v_j x under the limits j of
+:mod:`cost_models.pim`. This is UpDLRM's tile problem (arXiv 2406.13941) with the pipeline's limit and the cost of
+a bag added; with all DPUs in use, k = N x / C, it becomes
 
-  T(x) = const + max_j (A_j / x + c_j) + D x,   A_j = 4 B L C / W_in + g a_j,  c_j = g b_j,  g = B L C / (N f)
-                                                 D = 4 B N (1/W_out + 1/W_host)
+  T(x) = const + max_j (A_j / x + c_j + D_j x),  A_j = 4 B L C / W_in + h a_j,  c_j = h b_j + B u_j / f,
+         D_j = B v_j / f + 4 B N (1/W_out + 1/W_host),  h = B L C / (N f)
 
-which is convex: its minimum is one of sqrt(A_j / D) or a crossing x = (A_i - A_j) / (c_j - c_i).
+which is convex: its minimum is one of sqrt(A_j / D_j) or a crossing of two of the three curves (a quadratic).
 -> :func:`closed_form_columns`; the best allowed width is a neighbour of it -> :func:`closed_form_tile`.
 
 The exact problem has whole tiles, bandwidths that depend on the DPUs in use, and may leave DPUs idle
@@ -21,7 +22,9 @@ when the bound passes the best tile found: the result is proved optimal.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,14 +34,15 @@ from cost_models.pim import (
     DMA_MAX,
     MRAM_BYTES,
     WRAM_BYTES,
+    Cycles,
     PimLoad,
     PimSystem,
     PimTime,
+    bag_cycles,
     host_bandwidth,
     lookup_time,
     padded,
     reduce_bytes,
-    row_cycle_bounds,
     row_cycles,
     wram_need,
 )
@@ -83,37 +87,44 @@ class Tile:
 
 def closed_form_columns(problem: TileProblem) -> float:
     """The real number of columns that minimises the relaxed time with all DPUs in use."""
-    slopes, steps, rise = _relaxed_terms(problem)
-    candidates = [math.sqrt(a / rise) for a in slopes]
-    pairs = list(zip(slopes, steps, strict=True))
-    for i, (a, c) in enumerate(pairs):
-        candidates += [(a - b) / (d - c) for b, d in pairs[i + 1 :] if d != c and (a - b) / (d - c) > 0]
+    curves = _relaxed_curves(problem)
+    candidates = [math.sqrt(falling / rising) for falling, _, rising in curves]
+    for (a, c, d), (e, f, g) in itertools.combinations(curves, 2):
+        roots = np.roots([d - g, c - f, a - e])  # where A/x + c + D x of the two are equal
+        candidates += [float(root.real) for root in roots if abs(root.imag) < 1e-9 and root.real > 0]
     return min(candidates, key=lambda x: relaxed_seconds(problem, x))
 
 
 def relaxed_seconds(problem: TileProblem, columns: float) -> float:
     """Seconds that depend on the shape, tiles of ``columns`` real columns and all DPUs in use."""
-    slopes, steps, rise = _relaxed_terms(problem)
-    return max(a / columns + c for a, c in zip(slopes, steps, strict=True)) + rise * columns
+    return max(a / columns + c + d * columns for a, c, d in _relaxed_curves(problem))
 
 
-def _relaxed_terms(problem: TileProblem) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    system = problem.system
+def _relaxed_curves(problem: TileProblem) -> list[tuple[float, float, float]]:
+    """(A_j, c_j, D_j) of each limit."""
+    system, batch = problem.system, problem.batch
     ids = ELEMENT_BYTES * problem.ids * problem.cols / host_bandwidth("in", system.dpus, system)
     each = problem.ids * problem.cols / (system.dpus * system.clock)
-    fixed, slope = _cycle_lines(problem)
-    sums = 1 / host_bandwidth("out", system.dpus, system) + 1 / system.host_bandwidth
-    rise = ELEMENT_BYTES * problem.batch * system.dpus * sums
-    return tuple(ids + each * a for a in fixed), tuple(each * b for b in slope), rise
+    sums = ELEMENT_BYTES * batch * system.dpus * _partial_seconds(system)
+    return [
+        (ids + each * a, each * b + batch * u / system.clock, batch * v / system.clock + sums)
+        for (a, b), (u, v) in zip(
+            _lines(lambda size: row_cycles(size, problem.element, system.tasklets)),
+            _lines(lambda size: bag_cycles(size, system.tasklets)),
+            strict=True,
+        )
+    ]
 
 
-def _cycle_lines(problem: TileProblem) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """a_j and b_j of the cycles a row, ``max_j (a_j + b_j x)``; the bounds are linear below one DMA."""
-    tasklets = problem.system.tasklets
-    two = row_cycle_bounds(2 * ELEMENT_BYTES, problem.element, tasklets)
-    four = row_cycle_bounds(4 * ELEMENT_BYTES, problem.element, tasklets)
-    slope = tuple((b - a) / 2 for a, b in zip(two, four, strict=True))
-    return tuple(a - 2 * b for a, b in zip(two, slope, strict=True)), slope
+def _partial_seconds(system: PimSystem) -> float:
+    """To bring one byte of partial sums to the CPU and add it."""
+    return 1 / host_bandwidth("out", system.dpus, system) + 1 / system.host_bandwidth
+
+
+def _lines(cycles: Callable[[int], Cycles]) -> list[tuple[float, float]]:
+    """(fixed, per column) of each limit's cycles, which are linear in the columns up to one DMA."""
+    two, four = cycles(2 * ELEMENT_BYTES), cycles(4 * ELEMENT_BYTES)
+    return [(2 * low - high, (high - low) / 2) for low, high in zip(two, four, strict=True)]
 
 
 def widths(problem: TileProblem) -> list[int]:
@@ -145,6 +156,7 @@ def tile_time(problem: TileProblem, columns: int, row_tiles: int) -> Tile | None
         dpus=row_tiles * col_tiles,
         row_bytes=row_bytes,
         max_reads=reads,
+        bags=problem.batch,
         push_bytes=(push,),
         pull_bytes=pull,
         reduce_bytes=reduce_bytes(problem.batch, problem.cols, row_tiles),
@@ -155,30 +167,51 @@ def tile_time(problem: TileProblem, columns: int, row_tiles: int) -> Tile | None
 
 @dataclass(frozen=True, slots=True)
 class ShapeBound:
-    """A lower bound on the seconds of tiles of one width: ``fixed + reads / k + partial k`` with k row tiles."""
+    """A lower bound on the seconds of tiles of one width with k row tiles.
+
+    ``fixed + max_j (rows_j / k + bags_j) + partial k``: real numbers of tiles, and the bandwidth of all DPUs.
+    """
 
     columns: int
     fixed: float
-    reads: float
+    rows: Cycles  # in seconds
+    bags: Cycles  # in seconds
     partial: float
-    least: float  # over all k
+    most: float  # row tiles there can be
 
-    def at(self, row_tiles: int) -> float:
+    def at(self, row_tiles: float) -> float:
         """The bound for a number of row tiles."""
-        return self.fixed + self.reads / row_tiles + self.partial * row_tiles
+        slowest = max(row / row_tiles + bag for row, bag in zip(self.rows, self.bags, strict=True))
+        return self.fixed + slowest + self.partial * row_tiles
+
+    @property
+    def least(self) -> float:
+        """A bound for every number of row tiles: the largest of the limits' own minima."""
+        minima = []
+        for row, bag in zip(self.rows, self.bags, strict=True):
+            row_tiles = min(math.sqrt(row / self.partial), self.most)
+            minima.append(row / row_tiles + bag + self.partial * row_tiles)
+        return self.fixed + max(minima)
 
 
 def shape_bound(problem: TileProblem, columns: int) -> ShapeBound:
-    """The relaxed time of a width: real numbers of tiles, and the bandwidth of all DPUs."""
-    system = problem.system
-    inward = host_bandwidth("in", system.dpus, system)
-    sums = 1 / host_bandwidth("out", system.dpus, system) + 1 / system.host_bandwidth
-    reads = problem.ids * row_cycles(columns * ELEMENT_BYTES, problem.element, system.tasklets) / system.clock
-    partial = ELEMENT_BYTES * problem.batch * problem.cols * sums
+    """The relaxed time of a width."""
+    system, row_bytes = problem.system, columns * ELEMENT_BYTES
     fixed = system.in_latency + system.launch + system.out_latency
-    fixed += 4 * problem.ids * problem.cols / columns / inward
-    row_tiles = min(math.sqrt(reads / partial), system.dpus * columns / problem.cols, float(problem.rows))
-    return ShapeBound(columns, fixed, reads, partial, fixed + reads / row_tiles + partial * row_tiles)
+    fixed += 4 * problem.ids * problem.cols / columns / host_bandwidth("in", system.dpus, system)
+    row, bag = row_cycles(row_bytes, problem.element, system.tasklets), bag_cycles(row_bytes, system.tasklets)
+    return ShapeBound(
+        columns=columns,
+        fixed=fixed,
+        rows=_times(row, problem.ids / system.clock),
+        bags=_times(bag, problem.batch / system.clock),
+        partial=ELEMENT_BYTES * problem.batch * problem.cols * _partial_seconds(system),
+        most=min(system.dpus * columns / problem.cols, float(problem.rows)),
+    )
+
+
+def _times(cycles: Cycles, factor: float) -> Cycles:
+    return (cycles[0] * factor, cycles[1] * factor, cycles[2] * factor)
 
 
 def best_tile(problem: TileProblem) -> Tile:
@@ -234,14 +267,20 @@ def split_reduction(problem: TileProblem, popularity: FloatArray, tile: Tile) ->
     left = np.maximum(1 - np.concatenate([[0.0], np.cumsum(falling)]), 0.0)
     hottest = np.concatenate([falling, [0.0]])
     reads = problem.ids * np.maximum(left / tile.row_tiles, hottest)
-    cycles = row_cycles(padded(tile.cols * ELEMENT_BYTES), problem.element, system.tasklets)
+    row_bytes = padded(tile.cols * ELEMENT_BYTES)
+    rows_and_bags = zip(
+        row_cycles(row_bytes, problem.element, system.tasklets),
+        bag_cycles(row_bytes, system.tasklets),
+        strict=True,
+    )
+    lookup = np.max([reads * row + problem.batch * bag for row, bag in rows_and_bags], axis=0) / system.clock
     dpus = tile.row_tiles * tile.col_tiles
     ids = dpus * 4 * reads / host_bandwidth("in", dpus, system)
     line = -(-problem.cols * ELEMENT_BYTES // LINE) * LINE
     gather = problem.ids * (1 - left) * line / system.gather
     moved = dpus * 4 * problem.ids * tile.rows / problem.rows / host_bandwidth("in", dpus, system)
     base = tile.time.total - tile.time.lookup - moved
-    seconds = base + ids + np.maximum(reads * cycles / system.clock, gather)
+    seconds = base + ids + np.maximum(lookup, gather)
     seconds[-1] = gather[-1]  # all rows: no DPU is used
     rows = int(np.argmin(seconds))
     return CpuShare(rows, float(1 - left[rows]), float(seconds[rows]), float(seconds[0]))

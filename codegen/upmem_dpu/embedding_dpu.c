@@ -12,7 +12,7 @@
  *
  * The first three are written by one transfer a batch, the rows once.
  *
- * Tasklet k takes bags k, k + NR_TASKLETS, ... A bag's entries are added in the order of its ids, to an
+ * Each tasklet takes a range of neighbouring bags, so that it reads their ids in sequence. A bag's entries are added in the order of its ids, to an
  * accumulator that starts at zero: the result does not depend on the number of tasklets. int32 sums wrap
  * around (two's complement); fp32 sums round to nearest after each addition.
  *
@@ -87,7 +87,7 @@ main(void)
 {
     union element *sum, *entry;
     uint32_t *block, *bounds;
-    uint32_t bag;
+    uint32_t bag, last, share, held = UINT32_MAX;
 
     if (me() == 0) {
         mem_reset();
@@ -107,11 +107,16 @@ main(void)
     block = mem_alloc(ID_BLOCK);
     bounds = mem_alloc(4 * sizeof(uint32_t));
 
-    for (bag = me(); bag < header.bags; bag += NR_TASKLETS) {
-        uint32_t next, end, held = UINT32_MAX, c;
+    /* An even number of bags, so that two share a read of four aligned bounds. */
+    share = ((header.bags + NR_TASKLETS - 1) / NR_TASKLETS + 1) & ~1u;
+    bag = share * me();
+    last = bag + share < header.bags ? bag + share : header.bags;
 
-        /* Two neighbouring bounds lie in one aligned group of four. */
-        mram_read(at(header.bounds_at + (bag & ~1u) * sizeof(uint32_t)), bounds, 4 * sizeof(uint32_t));
+    for (; bag < last; bag++) {
+        uint32_t next, end, c;
+
+        if ((bag & 1u) == 0)
+            mram_read(at(header.bounds_at + bag * sizeof(uint32_t)), bounds, 4 * sizeof(uint32_t));
         next = bounds[bag & 1u];
         end = bounds[(bag & 1u) + 1];
 

@@ -25,7 +25,8 @@
 #define WRAM_BYTES (64ul * 1024)
 #define STACK_BYTES 1024ul /* STACK_SIZE_DEFAULT of the build, a tasklet */
 #define STATIC_BYTES 64ul  /* the kernel's header */
-#define HEAP_BYTES (WRAM_BYTES - STATIC_BYTES - NR_TASKLETS * STACK_BYTES)
+#define RUNTIME_BYTES 2048ul /* left to the SDK's runtime: barriers, locks, stack table (an allowance) */
+#define HEAP_BYTES (WRAM_BYTES - RUNTIME_BYTES - STATIC_BYTES - NR_TASKLETS * STACK_BYTES)
 #define ILLEGAL 3
 
 extern int dpu_main(void);
