@@ -201,7 +201,7 @@ def test_this_machine_with_two_ranks(tmp_path: Path) -> None:
     assert 1e8 < topology.device.tiers[0].read_bandwidth < 1e12
     assert measured["memory"]["cache"] > 0.5 * measured["memory"]["read"]
     points = {point["bytes"]: point["seconds"] for point in measured["links"]["intra"]["points"]}
-    assert points[4**11] > points[1]
+    assert points[4**11] > min(seconds for size, seconds in points.items() if size <= 4096)
     # rows of 128 columns are eight times the bytes of rows of 16
     gathers = {row["dim"]: row["gather_seconds"] for row in measured["lookup"]}
     assert gathers[128] > gathers[16]

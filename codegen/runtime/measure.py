@@ -241,12 +241,13 @@ def _links(rank: Rank, repeats: int) -> Record:
 def _ping_pong(rank: Rank, other: int, repeats: int) -> list[Record]:
     """One-way seconds by message size between rank 0 and ``other`` while the rest wait."""
     points: list[Record] = []
+    dist.barrier()  # else a rank still at the stage before takes a core from the first sizes
     for size in _LINK_BYTES:
         message = torch.zeros(size, dtype=torch.uint8)
-        _round_trip(rank.rank, other, message, 1)
         # small messages are timed in batches, so that a timer tick or one wake-up does not count
         inner = 20 if size <= _SMALL else 1
-        count = _repetitions(_round_trip(rank.rank, other, message, 1) * inner, repeats)
+        _round_trip(rank.rank, other, message, inner)
+        count = _repetitions(_round_trip(rank.rank, other, message, inner) * inner, repeats)
         trips = [_round_trip(rank.rank, other, message, inner) for _ in range(count)]
         shared = torch.tensor([statistics.median(trips) / 2], dtype=torch.float64)
         dist.broadcast(shared, 0)
