@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +18,10 @@ from cost_models.placed import rank_seconds
 from ir.errors import InfeasibleError
 from ir.ops import EmbeddingTable
 from ir.program import Model, Options, Program
+from ir.reading import dump_record
 from ir.workload import FeatureStats, Workload
 from passes.sharding import price_options
+from planner.calibrate import calibration_path
 from planner.verification import verify
 from tests.conftest import small_model
 
@@ -141,3 +144,18 @@ def test_the_runner_up_is_what_forcing_it_costs_at_most(model: Model, workload: 
         rules = {name: planner.TableConstraint(sharding_types=(kind,))}  # type: ignore[arg-type]
         forced = planner.compile(model, "h100-1x4", workload, constraints=planner.Constraints(tables=rules))
         assert forced.certificate.objective <= (plan.certificate.objective + up.delta) * 1.01
+
+
+def test_constants_beside_a_topology_file_are_used(tmp_path, workload: Workload) -> None:  # type: ignore[no-untyped-def]
+    """Half the row efficiency doubles the lookups: the file beside the topology is what decides."""
+    machine = planner.topology("h100-1x4")
+    file = tmp_path / "machine.yaml"
+    file.write_text(yaml.safe_dump(machine.to_dict()))
+    plain = planner.compile(small_model(), str(file), workload)
+    constants = default_calibration(machine)
+    slower = dump_record(replace(constants, row_efficiency=constants.row_efficiency / 2))
+    calibration_path(file).write_text(yaml.safe_dump({"calibration": slower}))
+    calibrated = planner.compile(small_model(), str(file), workload)
+    assert calibrated.certificate.lower_bound > plain.certificate.lower_bound
+    explicit = planner.compile(small_model(), str(file), workload, calibration=constants)
+    assert explicit.certificate == plain.certificate
