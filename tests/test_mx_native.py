@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codegen.runtime import _native, mx_native
-from codegen.runtime.mx import fake_quantize, qsnr_many
+from codegen.runtime.mx import fake_quantize, qsnr_many, quantize
 from codegen.runtime.mx_fake import quantize_dequantize
 from codegen.runtime.mx_rowwise import from_rows, to_rows
 from ir.formats import FORMATS, OCP_FORMATS, parse_format
@@ -61,6 +61,33 @@ def test_kernels_and_torch_give_the_same_bits(name: str, rows: int, n: int, seed
     near = torch.ldexp(torch.rand_like(wild) - 0.5, exponent + max(-149, centre - 15))
     for x in (wild, near, wild.nan_to_num(0.0, 1.0, -1.0)):
         assert same_bits(fake_quantize(x, name), torch_path(x, name))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", [*OCP_FORMATS, "mx9", "mx4", "msfp14", "mxfp4_e2m1:rceil:away", "mx6:away"])
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 20), n=st.integers(1, 100), seed=st.integers(0, 2**31))
+def test_kernels_and_torch_give_the_same_codes_and_scales(name: str, rows: int, n: int, seed: int) -> None:
+    wild = any_bits((rows, n), seed)
+    for x in (
+        wild,
+        torch.ldexp(wild.sign(), wild.view(torch.int32) >> 7 & 7),
+        wild.nan_to_num(0.0, 1.0, -1.0),
+    ):
+        ours = quantize(x, name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mx_native, "usable", lambda x, format: False)
+            theirs = quantize(x, name)
+        assert torch.equal(ours.codes, theirs.codes)
+        assert torch.equal(ours.scales, theirs.scales)
+        assert ours.shifts is None or torch.equal(ours.shifts, theirs.shifts)
+
+
+@needs_compiler
+def test_codes_of_a_row_longer_than_a_piece() -> None:
+    x = torch.randn(2, 2**20 + 77, generator=torch.Generator().manual_seed(0))
+    for name in ("mxfp4_e2m1", "mx6"):
+        assert torch.equal(quantize(x, name).dequantize(), fake_quantize(x, name))
 
 
 @needs_compiler

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from codegen.runtime import mx_native
-from codegen.runtime.mx import fake_quantize, pack, parse_format, quantize
+from codegen.runtime.mx import fake_quantize, pack, quantize
 from codegen.runtime.mx_elements import decode_table, encode, round_to_grid
-from codegen.runtime.mx_fake import quantize_dequantize
 from ir.formats import ELEMENTS, OCP_FORMATS
 
 VECTORS = Path(__file__).parent / "data" / "vectors"
@@ -30,19 +29,18 @@ def same_bits(a: torch.Tensor | np.ndarray, b: np.ndarray) -> bool:
     return bool(((a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))).all())
 
 
-def torch_path(x: torch.Tensor, name: str) -> torch.Tensor:
-    return quantize_dequantize(x, parse_format(name))
+@pytest.fixture(params=["as installed", "torch path"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with the compiled kernels, where there is a compiler, and without."""
+    if request.param == "torch path":
+        monkeypatch.setattr(mx_native, "usable", lambda x, format: False)
 
 
-PATHS = {"front door": fake_quantize, "torch path": torch_path}
-
-
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", [*OCP_FORMATS, "mx9", "mx6", "mx4"])
-def test_values_equal_the_exact_reference_everywhere(name: str, path: str) -> None:
+def test_values_equal_the_exact_reference_everywhere(name: str) -> None:
     data = vectors(name)
     expected = data["ref_floor_dq"] if name in OCP_FORMATS else data["ref_dq"]
-    assert same_bits(PATHS[path](X, name), expected)
+    assert same_bits(fake_quantize(X, name), expected)
 
 
 @pytest.mark.parametrize("mode", ["floor", "even", "rceil", "ceil"])
@@ -155,9 +153,3 @@ def test_fbgemm_mx4_is_mxfp4_with_ties_away_from_zero(mode: str) -> None:
     packed = pack(quantize(ROWS, f"mxfp4_e2m1:{mode}:away"))
     assert np.array_equal(packed.scales, expected[..., 16])
     assert np.array_equal(packed.data, expected[..., :16])
-
-
-def test_the_compiled_path_runs_here_or_says_why() -> None:
-    from codegen.runtime import _native
-
-    assert mx_native.usable(X, parse_format("mx9")) != bool(_native.reason())

@@ -102,7 +102,7 @@ def sub_shifts(x_rbk: Tensor, byte: Tensor, format: Format) -> Tensor:
     for step in range(2**format.sub_bits - 1):
         threshold = (scale * 2.0**-step).view(torch.int32)  # 2^(E - step), exact down to 2^-149
         shifts += sub_max < threshold.unsqueeze(-1)
-    return shifts
+    return shifts.masked_fill_((byte == E8M0_NAN).unsqueeze(-1), 0)
 
 
 def spread(shifts: Tensor, sub_block: int, sign: int) -> Tensor:

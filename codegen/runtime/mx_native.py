@@ -18,7 +18,7 @@ from torch import Tensor
 
 from codegen.runtime import _native
 from codegen.runtime.mx_blocks import MIN_TENSOR_SCALE, from_blocks, mode_offset, pad_to_blocks, to_blocks
-from codegen.runtime.mx_elements import FRACTION_BITS, divide
+from codegen.runtime.mx_elements import FRACTION_BITS, divide, encode
 from codegen.runtime.mx_rowwise import affine_scales, fp8_scales, from_rows, to_rows
 from ir.formats import ELEMENTS, Format, parse_format
 
@@ -58,6 +58,18 @@ class _Grid(ctypes.Structure):
     )
 
 
+class _Codec(ctypes.Structure):
+    """``codec_t`` of kernels.c."""
+
+    _fields_ = (
+        ("steps", ctypes.c_float),
+        ("shift", ctypes.c_int32),
+        ("rebias", ctypes.c_int32),
+        ("sign", ctypes.c_int32),
+        ("twos", ctypes.c_int32),
+    )
+
+
 def _bits(value: float) -> int:
     return ctypes.c_int32.from_buffer(ctypes.c_float(value)).value
 
@@ -73,6 +85,19 @@ def _grid(format: Format) -> _Grid:
         mode_offset(element, format.scale_mode),
         element.emax,
         format.rounding == "away",
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _codec(format: Format) -> _Codec:
+    element = format.element
+    m = element.mantissa
+    return _Codec(
+        2.0 ** (m - element.emin),
+        FRACTION_BITS - m,
+        (126 + element.emin) << m,
+        element.bits - 1,
+        element.coding == "twos_complement",
     )
 
 
@@ -95,10 +120,23 @@ def _library() -> ctypes.CDLL | None:
             expected = torch_path.reshape(len(sample), -1)[:, : sample.shape[1]]
         else:
             expected = from_rows(to_rows(sample, format), format)
-        if not _same_bits(_run(library, sample, format), expected):
+        if not _same_bits(_run(library, sample, format), expected) or not _same_codes(
+            library, sample, format
+        ):
             _native.reject(f"they differ from the torch path for {name} on this machine")
             return None
     return library
+
+
+def _same_codes(library: ctypes.CDLL, sample: Tensor, format: Format) -> bool:
+    """Whether codes, scales and shifts are those of the torch path."""
+    if format.scale != "e8m0":
+        return True
+    codes, scales, shifts = _codes(library, sample, format)
+    blocks = to_blocks(pad_to_blocks(sample, format.block), format)
+    expected = encode(blocks.grid, format.element).reshape(len(sample), -1)[:, : sample.shape[1]]
+    same = torch.equal(codes, expected) and torch.equal(scales, blocks.scales)
+    return same and (shifts is None or (blocks.shifts is not None and torch.equal(shifts, blocks.shifts)))
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -126,6 +164,40 @@ def quantize_dequantize(x_rn: Tensor, format: Format) -> Tensor:
     library = _library()
     assert library is not None
     return _run(library, x_rn, format)
+
+
+def block_codes(x_rn: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Codes uint8 (rows, n), E8M0 bytes (rows, blocks) and sub-exponents (rows, blocks, block / 2).
+
+    Of a contiguous float32 tensor; None where there is no kernel.
+    """
+    if format.scale != "e8m0" or not usable(x_rn, format):
+        return None
+    library = _library()
+    assert library is not None
+    return _codes(library, x_rn, format)
+
+
+def _codes(library: ctypes.CDLL, x_rn: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, n = x_rn.shape
+    blocks = -(-n // format.block)
+    codes = torch.empty(rows, n, dtype=torch.uint8)
+    scales = torch.empty(rows, blocks, dtype=torch.uint8)
+    shifts = torch.empty(rows, blocks, format.block // 2, dtype=torch.uint8) if format.sub_block else None
+    layout = ctypes.c_int32(format.block), ctypes.byref(_grid(format)), ctypes.byref(_codec(format))
+
+    def fill(at: int, count: int, width: int) -> int:
+        first = at // n * blocks + at % n // format.block
+        into = ctypes.c_void_p(scales.data_ptr() + first)
+        sub = None if shifts is None else ctypes.c_void_p(shifts.data_ptr() + first * (format.block // 2))
+        target = ctypes.c_void_p(codes.data_ptr() + at)
+        return int(
+            library.shardwright_codes(_at(x_rn, at), target, into, sub, _i64(count), _i64(width), *layout)
+        )
+
+    failed = _map(fill, _pieces(x_rn, format.block))
+    assert not any(failed), format.id
+    return codes, scales, shifts
 
 
 def _run(library: ctypes.CDLL, x_rn: Tensor, format: Format) -> Tensor:

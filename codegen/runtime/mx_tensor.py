@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codegen.runtime import mx_native
 from codegen.runtime.mx_blocks import Blocks, from_blocks, pad_to_blocks, to_blocks
 from codegen.runtime.mx_elements import decode, encode
 from codegen.runtime.mx_rowwise import Rows, from_rows, to_rows
@@ -101,12 +102,21 @@ def quantize(x: Tensor, format: str | Format, axis: int | None = None) -> Quanti
         biases = None if coded.biases is None else coded.biases.reshape(*lead, 1)
         scales = coded.scales.reshape(1) if format.granularity == "tensor" else coded.scales.reshape(*lead, 1)
         return Quantized(format, x.shape, axis, x.dtype, coded.codes.reshape(*lead, n), scales, None, biases)
+    codes, scales, shifts, tensor_scale = _code_blocks(rows, format)
+    scales = scales.reshape(*lead, -1)
+    shifts = None if shifts is None else shifts.reshape(*scales.shape, -1)
+    codes = codes.reshape(*lead, n)
+    return Quantized(format, x.shape, axis, x.dtype, codes, scales, shifts, None, tensor_scale)
+
+
+def _code_blocks(rows: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Codes (rows, n), scales (rows, blocks), shifts (rows, blocks, sub-blocks) and NVFP4's tensor scale."""
+    compiled = mx_native.block_codes(rows, format)
+    if compiled is not None:
+        return *compiled, None
     blocks = to_blocks(pad_to_blocks(rows, format.block), format)
-    codes = encode(blocks.grid, format.element).reshape(len(rows), -1)[:, :n]
-    scales = blocks.scales.reshape(*lead, -1)
-    shifts = None if blocks.shifts is None else blocks.shifts.reshape(*scales.shape, -1)
-    codes = codes.reshape(*lead, n).contiguous()
-    return Quantized(format, x.shape, axis, x.dtype, codes, scales, shifts, None, blocks.tensor_scale)
+    codes = encode(blocks.grid, format.element).reshape(len(rows), -1)[:, : rows.shape[1]].contiguous()
+    return codes, blocks.scales, blocks.shifts, blocks.tensor_scale
 
 
 def dequantize(quantized: Quantized) -> Tensor:

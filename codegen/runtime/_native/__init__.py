@@ -27,7 +27,7 @@ import threading
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.c")
-ABI_VERSION = 3  # of kernels.c; a library that answers otherwise is not used
+ABI_VERSION = 4  # of kernels.c; a library that answers otherwise is not used
 COMPILE_TIMEOUT = 120  # seconds; a cold compile takes about one
 
 # Strict IEEE arithmetic: contraction to FMA would change bits. Without traps and errno loops vectorise.

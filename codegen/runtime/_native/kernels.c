@@ -9,13 +9,14 @@
  * short block is processed in a buffer padded with zeros, which change neither scale nor result.
  */
 #define _DEFAULT_SOURCE /* madvise */
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#define ABI_VERSION 3
+#define ABI_VERSION 4
 #define MAX_FORMATS 8
 #define INLINE static inline __attribute__((always_inline))
 
@@ -205,6 +206,85 @@ float shardwright_finite_max(const float *xs, int64_t rows, int64_t n) {
         most = m < EXPONENT ? max32(most, m) : most;
     }
     return float_of(most);
+}
+
+/* --- codes and scales, as mx_elements.encode and mx_blocks.to_blocks make them --- */
+typedef struct {
+    float steps;    /* 2^(mantissa - emin): subnormal values in units of their spacing */
+    int32_t shift;  /* 23 - mantissa */
+    int32_t rebias; /* (126 + emin) << mantissa: the exponent field of 2^emin is 1 */
+    int32_t sign;   /* bits - 1: where the sign goes */
+    int32_t twos;   /* two's complement */
+} codec_t;
+
+INLINE int32_t code_of(float r, int32_t negative, int32_t pmin, const codec_t *c) {
+    const int32_t normal = (bits_of(r) >> c->shift) - c->rebias;
+    const int32_t magnitude = bits_of(r) < pmin ? (int32_t)(r * c->steps) : normal;
+    return c->twos ? (magnitude ^ -negative) + negative : magnitude | negative << c->sign;
+}
+
+INLINE void block_codes(const float *x, uint8_t *codes, uint8_t *scale, uint8_t *shifts, const int k, const grid_t *g,
+                        const codec_t *codec, const int away) {
+    const codec_t c = *codec;
+    const int32_t m = largest(x, k);
+    if (m >= EXPONENT) {
+        memset(codes, 0, (size_t)k);
+        if (shifts) memset(shifts, 0, (size_t)k / 2);
+        *scale = 255;
+        return;
+    }
+    const int32_t byte = scale_byte(m, g);
+    const float inverse = power(254 - byte);
+    const int32_t threshold = bits_of(power(byte)), pmin = g->pmin, max = g->max;
+    const float magic = g->magic, half = g->half;
+    float up[32];
+    *scale = (uint8_t)byte;
+    if (shifts)
+        for (int i = 0; i < k; i += 2) {
+            const int32_t pair = max32(bits_of(x[i]) & MAGNITUDE, bits_of(x[i + 1]) & MAGNITUDE);
+            shifts[i / 2] = pair < threshold;
+            /* a factor of its own: inverse * 2 would overflow for byte 0 */
+            up[i] = up[i + 1] = pair < threshold ? 2.0f : 1.0f;
+        }
+    for (int i = 0; i < k; i++) {
+        float a = float_of(bits_of(x[i]) & MAGNITUDE) * inverse;
+        if (shifts) a *= up[i];
+        const float r = round_grid(a, pmin, magic, half, max, away);
+        codes[i] = (uint8_t)code_of(r, (int32_t)((uint32_t)bits_of(x[i]) >> 31), pmin, &c);
+    }
+}
+
+INLINE void rows_codes(const float *xs, uint8_t *codes, uint8_t *scales, uint8_t *shifts, int64_t rows, int64_t n,
+                       const int k, const grid_t *g, const codec_t *c, const int away) {
+    for (int64_t row = 0; row < rows; row++) {
+        const float *in = xs + row * n;
+        uint8_t *out = codes + row * n;
+        for (int64_t at = 0; at < n; at += k) {
+            if (at + k <= n) {
+                block_codes(in + at, out + at, scales, shifts, k, g, c, away);
+            } else {
+                float x[32] = {0};
+                uint8_t y[32];
+                memcpy(x, in + at, (size_t)(n - at) * sizeof(float));
+                block_codes(x, y, scales, shifts, k, g, c, away);
+                memcpy(out + at, y, (size_t)(n - at));
+            }
+            scales++;
+            if (shifts) shifts += k / 2;
+        }
+    }
+}
+
+/* Codes (rows, n), scales (rows, blocks) and, unless it is NULL, one-bit shifts (rows, blocks, block / 2). */
+int shardwright_codes(const float *xs, uint8_t *codes, uint8_t *scales, uint8_t *shifts, int64_t rows, int64_t n,
+                      int32_t block, const grid_t *grid, const codec_t *codec) {
+    const grid_t g = *grid;
+    const codec_t c = *codec;
+    if (shifts && block == 16) rows_codes(xs, codes, scales, shifts, rows, n, 16, &g, &c, g.away);
+    else if (!shifts && block == 16) rows_codes(xs, codes, scales, NULL, rows, n, 16, &g, &c, g.away);
+    else if (!shifts && block == 32) rows_codes(xs, codes, scales, NULL, rows, n, 32, &g, &c, g.away);
+    else return 1;
+    return 0;
 }
 
 /* --- rows that share a scale: FBGEMM's integers and FP8 --- */
