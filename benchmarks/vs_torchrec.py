@@ -5,7 +5,8 @@
 The rival is TorchRec as it comes ("default") and TorchRec tuned by an expert ("tuned", see
 ``_torchrec_rival.py``). Same kernels, same storage reservation; our column splits are those of
 ``min_partition`` 16. Objective A is its ``Perf.total``, B adds ``input_dist_comms``; each is solved by
-itself. Every plan, the rival's too, is priced again from scratch, shard by shard. Milliseconds.
+itself, with effort "quick", which every claim is about; "normal" searches longer and is shown beside
+it. Every plan, the rival's too, is priced again from scratch, shard by shard. Milliseconds.
 """
 
 from __future__ import annotations
@@ -60,7 +61,6 @@ FULL: list[Spec] = [
     ],
     ("meta_dlrm_datasets_856", "meta_dlrm_datasets_856", 64, "h100", True),
 ]
-EFFORT_SECONDS = 1 / 25  # our work limit as a share of the default planner's CPU seconds on the same case
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Ours:
     cpu_seconds: float
 
 
-def plan_ours(case: Any, objective: Any, seconds: float) -> Ours:
+def plan_ours(case: Any, objective: Any, effort: Any = "quick") -> Ours:
     """Price, solve and build the sharding options; CPU seconds cover all of that, not the scoring."""
     from cost_models.adapters.torchrec import TorchRecObjective
     from ir.errors import InfeasibleError
@@ -90,7 +90,7 @@ def plan_ours(case: Any, objective: Any, seconds: float) -> Ours:
             spill=spill,
         )
         try:
-            solution = solve(model.problem(), time_limit=seconds)
+            solution = solve(model.problem(), effort=effort)
         except InfeasibleError:
             if spill:
                 raise
@@ -117,8 +117,10 @@ def run_case(report: Report, spec: Spec, tables: list[Table], module: Any) -> di
     scored_b = [scorer.score(p.with_input) for p in plans if p.with_input] + ([default] if default else [])
     best_a = min(scored_a, key=lambda s: s.total, default=None)
     best_b = min(scored_b, key=lambda s: s.with_input, default=None)
-    ours_a = plan_ours(case, "total", 30.0)
-    ours_b = plan_ours(case, "total+input", 30.0)
+    ours_a = plan_ours(case, "total")
+    ours_b = plan_ours(case, "total+input")
+    longer_a, longer_b = plan_ours(case, "total", "normal"), plan_ours(case, "total+input", "normal")
+    bound_a, bound_b = max(ours_a.bound, longer_a.bound), max(ours_b.bound, longer_b.bound)
     report.row(
         tables=name,
         ranks=ranks,
@@ -126,11 +128,13 @@ def run_case(report: Report, spec: Spec, tables: list[Table], module: Any) -> di
         A_default=default and default.total,
         A_tuned=best_a and best_a.total,
         A_ours=ours_a.score.total,
-        A_bound=ours_a.bound,
+        A_normal=longer_a.score.total,
+        A_bound=bound_a,
         B_default=default and default.with_input,
         B_tuned=best_b and best_b.with_input,
         B_ours=ours_b.score.with_input,
-        B_bound=ours_b.bound,
+        B_normal=longer_b.score.with_input,
+        B_bound=bound_b,
         path_default=default and default.critical_path,
         path_tuned_A=best_a and best_a.critical_path,
         path_ours_A=ours_a.score.critical_path,
@@ -140,6 +144,7 @@ def run_case(report: Report, spec: Spec, tables: list[Table], module: Any) -> di
         cpu_tuned=round(sum(p.cpu_seconds for p in plans), 2),
         cpu_ours_A=round(ours_a.cpu_seconds, 3),
         cpu_ours_B=round(ours_b.cpu_seconds, 3),
+        cpu_normal_A=round(longer_a.cpu_seconds, 3),
         legal=ours_a.score.legal and ours_b.score.legal,
         note=rival.note,
     )
@@ -147,12 +152,12 @@ def run_case(report: Report, spec: Spec, tables: list[Table], module: Any) -> di
     if default:
         ratios["A_default"] = ours_a.score.total / default.total
         ratios["B_default"] = ours_b.score.with_input / default.with_input
-        ratios["A_default_bound"] = ours_a.bound / default.total
+        ratios["A_default_bound"] = bound_a / default.total
     if tuned and best_a and best_b:
         ratios["A_tuned"] = ours_a.score.total / best_a.total
-        ratios["A_tuned_bound"] = ours_a.bound / best_a.total
+        ratios["A_tuned_bound"] = bound_a / best_a.total
         ratios["B_tuned"] = ours_b.score.with_input / best_b.with_input
-        ratios["B_tuned_bound"] = ours_b.bound / best_b.with_input
+        ratios["B_tuned_bound"] = bound_b / best_b.with_input
     return ratios
 
 
@@ -235,7 +240,7 @@ def warm_up(build_module: Any) -> None:
     tables = [Table("warm", 1000, 64, 1.0)]
     case = build_case(build_module(tables), tables, 8, "default")
     default_plan(case)
-    plan_ours(case, "total", 1.0)
+    plan_ours(case, "total")
 
 
 if __name__ == "__main__":

@@ -153,14 +153,22 @@ def _spread(
     flat = table.ravel()
     if group.copies > flat.size:
         return None
-    best = (
-        np.array([int(flat.argmin())])
-        if group.copies == 1
-        else np.argsort(flat, kind="stable")[: group.copies]
-    )
+    best = _smallest(flat, group.copies)
     if not np.isfinite(flat[best[-1]]):
         return None
     return [int(i) % places for i in best]
+
+
+def _smallest(values: Floats, count: int) -> NDArray[np.int64]:
+    """Indices of the smallest values in order."""
+    if count == 1:
+        return np.array([int(values.argmin())])
+    if count < len(values) // 4:
+        some = np.argpartition(values, count)[:count]
+        some.sort()
+        chosen: NDArray[np.int64] = some[np.argsort(values[some], kind="stable")]
+        return chosen
+    return np.argsort(values, kind="stable")[:count]
 
 
 def _open_places(

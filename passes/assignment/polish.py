@@ -17,6 +17,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import HOST, Choice, Compiled, Group
@@ -31,8 +32,8 @@ RUIN = 4  # most tables taken out at once
 OPTIONS = 6  # options tried for a table: the cheapest on average
 EXCHANGE_EVERY = 25  # steps between rounds of moves and swaps
 STEEP = 60.0  # exponents are cut here: an option that large is never the best
-INSERT_WORK = 55e-6  # seconds an option tried, measured on one core of the development machine
-CELL_WORK = 2.5e-9  # seconds a rank and phase of an option tried, measured likewise
+INSERT_WORK = 90e-6  # seconds an option tried, measured on one core of the development machine
+CELL_WORK = 1.5e-8  # seconds a rank and phase of an option tried, measured likewise
 
 
 class SoftPrice:
@@ -43,9 +44,28 @@ class SoftPrice:
         self.peaks = state.loads.max(axis=0)
         self.weight = np.exp((state.loads - self.peaks) / tau)
         self.total = self.weight.sum(axis=0)
-        self.value = float((self.peaks + tau * np.log(self.total)).sum())
         size = state.problem.host_size
         self.by_host: Floats = self.weight.reshape(state.problem.hosts, size, -1).sum(axis=1)
+
+    @property
+    def value(self) -> float:
+        """Phi, seconds."""
+        return float((self.peaks + self.tau * np.log(self.total)).sum())
+
+    def refresh(self, state: State, ranks: NDArray[np.int64]) -> bool:
+        """Follow a change of some ranks' loads; False when it is too large for the stored exponents."""
+        if not len(ranks):
+            return True
+        exponent = (state.loads[ranks] - self.peaks) / self.tau
+        if exponent.max() > STEEP:
+            return False
+        new = np.exp(exponent)
+        self.total = self.total + (new - self.weight[ranks]).sum(axis=0)
+        self.weight[ranks] = new
+        size = state.problem.host_size
+        hosts = np.unique(ranks // size)
+        self.by_host[hosts] = self.weight.reshape(len(self.by_host), size, -1)[hosts].sum(axis=1)
+        return bool((self.total > 1e-6).all())
 
     def __call__(self, state: State, group: Group, levels: int) -> Floats:
         """Price a group, shape (levels, places)."""
@@ -89,6 +109,8 @@ class Polisher:
             [self._fixed_part(t, j) for j in range(len(options))]
             for t, options in enumerate(compiled.choices)
         ]
+        self.base = np.zeros(len(self.problem.phases))  # seconds on every rank, kept out of the state
+        self._soft: SoftPrice | None = None
         self._menu: dict[int, list[int]] = {}
 
     def _fixed_part(self, t: int, j: int) -> tuple[float, ...]:
@@ -118,11 +140,12 @@ class Polisher:
         if -1 in self.choice:
             return
         self.places = [list(places) for places in self.places]
+        self._soft = None
         Exchange(self.compiled, self.state, self.choice, self.places).improve(tau, self.budget)
 
     def objective(self) -> float:
         """Of the current placement, seconds."""
-        return float(self.state.loads.max(axis=0).sum())
+        return float((self.state.loads.max(axis=0) + self.base).sum())
 
     def _record(self, best: Incumbent) -> bool:
         value = self.objective()
@@ -133,27 +156,54 @@ class Polisher:
         best.choice, best.placement = list(self.choice), [list(p) for p in self.places]
         return True
 
+    def _price(self, tau: float) -> SoftPrice:
+        if self._soft is None or self._soft.tau != tau:
+            self._soft = SoftPrice(self.state, tau)
+        return self._soft
+
+    def _changed(self, choice: Choice, places: Sequence[int]) -> None:
+        """Keep the stored price in step with the state."""
+        if self._soft is None:
+            return
+        size = self.problem.host_size
+        ranks = [
+            rank
+            for group in choice.groups
+            for place in places[group.first : group.first + group.copies]
+            for rank in (range(place * size, (place + 1) * size) if group.scope == HOST else (place,))
+        ]
+        if not self._soft.refresh(self.state, np.unique(np.array(ranks, dtype=np.int64))):
+            self._soft = None
+
     def _load(self, best: Incumbent) -> None:
         self._clear()
         for t, (j, places) in enumerate(zip(best.choice, best.placement, strict=True)):
-            self._put(t, j, places)
+            self._put(t, j, list(places))
 
     def _clear(self) -> None:
         self.state.loads[:] = 0
+        self.base[:] = 0
+        self._soft = None
         self.state.memory[:] = 0
         self.choice = [-1] * self.compiled.tables
 
     def _put(self, t: int, j: int, places: list[int]) -> None:
         choice = self.compiled.choices[t][j]
-        self.state.add_fixed(self._fixed[t][j], choice.fixed_memory)
+        self.base += self._fixed[t][j]
+        if choice.fixed_memory:
+            self.state.memory += choice.fixed_memory
         self.state.add(choice, places)
+        self._changed(choice, places)
         self.choice[t], self.places[t] = j, places
 
     def _take(self, t: int) -> None:
         j = self.choice[t]
         choice = self.compiled.choices[t][j]
         self.state.add(choice, self.places[t], -1.0)
-        self.state.add_fixed(self._fixed[t][j], choice.fixed_memory, -1.0)
+        self._changed(choice, self.places[t])
+        self.base -= self._fixed[t][j]
+        if choice.fixed_memory:
+            self.state.memory -= choice.fixed_memory
         self.choice[t] = -1
 
     def _options(self, t: int, value: float) -> list[int]:
@@ -164,27 +214,29 @@ class Polisher:
         return [int(j) for j in order if hopeful[j]][:OPTIONS]
 
     def _rebuild(self, choices: Sequence[int], tau: float) -> None:
-        """Place a choice from nothing, largest tables first."""
+        """Place a choice from nothing, the tables with the largest pieces (time or memory) first."""
         compiled = self.compiled
         self._clear()
         flat = compiled.start[:-1] + np.asarray(choices)
-        for t in np.argsort(-compiled.total_biggest[flat], kind="stable"):
+        memory = compiled.peak_memory[flat] / self.problem.capacity
+        size = np.maximum(compiled.total_biggest[flat] / self.bound, memory)
+        for t in np.argsort(-size, kind="stable"):
             if not self._best(int(t), [choices[t]], tau):
                 return
 
     def _best(self, t: int, options: Sequence[int], tau: float) -> bool:
         """Put a table back where Phi rises least; False if nothing fits."""
-        price = SoftPrice(self.state, tau)
+        price = self._price(tau)
         cells = self.state.loads.size
         found: tuple[float, int, list[int]] | None = None
         for j in options:
             choice = self.compiled.choices[t][j]
             self.budget.spend(INSERT_WORK + CELL_WORK * cells)
             if choice.fixed_memory:
-                self.state.add_fixed(0.0 * price.peaks, choice.fixed_memory)
+                self.state.memory += choice.fixed_memory
             places = insert(self.state, choice, price)
             if choice.fixed_memory:
-                self.state.add_fixed(0.0 * price.peaks, choice.fixed_memory, -1.0)
+                self.state.memory -= choice.fixed_memory
             if places is None:
                 continue
             rise = price.rise(choice, self._fixed[t][j], places)
@@ -197,18 +249,19 @@ class Polisher:
 
     def _step(self, tau: float) -> None:
         """Ruin, recreate, and go back unless Phi fell (or barely rose)."""
-        before = SoftPrice(self.state, tau).value
-        loads, memory = self.state.loads.copy(), self.state.memory.copy()
+        before = self._price(tau).value + float(self.base.sum())
+        loads, memory, base = self.state.loads.copy(), self.state.memory.copy(), self.base.copy()
         victims = self._victims()
         old = [(t, self.choice[t], self.places[t]) for t in victims]
         for t in victims:
             self._take(t)
         whole = all(self._best(t, self._menu[t], tau) for t in victims)
         if whole:
-            rise = SoftPrice(self.state, tau).value - before
+            rise = self._price(tau).value + float(self.base.sum()) - before
             if rise <= 1e-12 or self.random.random() < math.exp(-rise / (0.05 * tau)):
                 return
-        self.state.loads, self.state.memory = loads, memory
+        self.state.loads, self.state.memory, self.base = loads, memory, base
+        self._soft = None
         for t, j, places in old:
             self.choice[t], self.places[t] = j, places
 

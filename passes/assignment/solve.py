@@ -13,12 +13,13 @@ from passes.assignment.compiled import HOST, Compiled, compile_problem
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Problem, Solution, evaluate
 from passes.assignment.relaxation import average_bound
-from passes.assignment.starts import relaxed_choices, uniform_choices
+from passes.assignment.starts import relaxed_choices, threshold_choice, uniform_choices
 from passes.assignment.target_search import Incumbent, TargetSearch
 
 Effort = Literal["quick", "normal", "thorough"]
 
 PACKING_SHARE = 0.4  # of the work, with several phases; the rest polishes the phases
+PHASE_TABLES = 3000  # tables up to which the linear program is solved (seconds at most)
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
 OPTIMAL = 1e-6  # relative gap below which a solution is called optimal
@@ -54,6 +55,9 @@ def solve(
     starts = relaxed_choices(compiled, bound)
     starts += uniform_choices(compiled, starts[0])
     several = len(problem.phases) > 1
+    thresholds = threshold_choice(compiled) if several else None
+    if thresholds is not None:
+        starts.insert(0, thresholds)
     search.budget = budget.slice(PACKING_SHARE if several else 1.0 - POLISH_SHARE)
     search.walks(search.start(starts), stop_gap)
     budget.spend(search.budget.work)
@@ -61,7 +65,14 @@ def solve(
         raise infeasible.give_up(compiled)
     if not budget.spent() and search.best.value > bound * (1 + max(stop_gap, OPTIMAL)):
         Polisher(compiled, bound, budget, seed).run(search.best, stop_gap)
-    return finish(problem, search.best, bound, "average load and largest piece", budget.work)
+    method = "average load and largest piece"
+    if several and effort != "quick" and compiled.tables <= PHASE_TABLES:
+        from passes.assignment.phase_bound import phase_bound  # OR-Tools takes a second to import
+
+        phased = phase_bound(compiled, search.best.value)
+        if phased > bound:
+            bound, method = phased, "linear program over options and phase lengths (GLOP)"
+    return finish(problem, search.best, bound, method, budget.work)
 
 
 def _allowance(compiled: Compiled, effort: Effort) -> float:

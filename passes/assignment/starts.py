@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 from passes.assignment.compiled import Compiled
+from passes.assignment.problem import Floats
 from passes.assignment.relaxation import piece_floor, relax
 
 # Pieces up to these multiples of the bound: small ones pack better, large ones cost less.
@@ -42,3 +44,41 @@ def uniform_choices(compiled: Compiled, fallback: list[int]) -> list[list[int]]:
                     choice[t] = j
         made.append(choice)
     return made
+
+
+def threshold_choice(compiled: Compiled, sweeps: int = 3, levels: int = 10) -> list[int] | None:
+    """A choice for several phases: least average load among pieces below a threshold in each phase.
+
+    A phase costs the larger of its average and of its largest piece. The thresholds are lowered one
+    phase at a time wherever that estimate falls.
+    """
+    phases = compiled.share.shape[1]
+    limits = np.full(phases, np.inf)
+    best = _estimate(compiled, limits)
+    if best is None:
+        return None
+    for _ in range(sweeps):
+        before = best[0]
+        for p in range(phases):
+            _, _, peak, average = best
+            low = max(float(average[p]), 1e-3 * float(peak[p]))
+            for threshold in np.geomspace(low, max(float(peak[p]), low), levels)[:-1]:
+                trial = limits.copy()
+                trial[p] = threshold
+                made = _estimate(compiled, trial)
+                if made is not None and made[0] < best[0]:
+                    best, limits = made, trial
+        if best[0] >= before * (1 - 1e-6):
+            break
+    return [int(j) for j in best[1] - compiled.start[:-1]]
+
+
+def _estimate(compiled: Compiled, limits: Floats) -> tuple[float, NDArray[np.int64], Floats, Floats] | None:
+    """(sum over phases of max(average, largest piece), flat choice, largest pieces, averages)."""
+    allowed = compiled.usable & (compiled.biggest <= limits[None, :] * (1 + 1e-12)).all(axis=1)
+    relaxed = relax(compiled, allowed)
+    if not np.isfinite(relaxed.value):
+        return None
+    peak = compiled.biggest[relaxed.choice].max(axis=0)
+    average = compiled.share[relaxed.choice].sum(axis=0)
+    return float(np.maximum(peak, average).sum()), relaxed.choice, peak, average

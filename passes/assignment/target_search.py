@@ -29,6 +29,7 @@ PAIR = 0.4  # share of moves that change two tables
 REORDER = 0.1  # share of moves that change the packing order
 NEAR = 1.005  # with several phases, packings within this factor of the best are evaluated in full
 STARTS = 3  # starting choices that are packed in every order
+WORTHWHILE = 200  # packings below which a walk is not started
 SHORT_WALKS = 3  # walks from different starts before the long one
 SHORT_SHARE = 0.2  # of the work left, for each of them
 PIECE_WORK = 1.3e-6  # seconds a packed piece, measured on one core of the development machine
@@ -66,6 +67,9 @@ class TargetSearch:
         self.value = value
         self.random = random.Random(seed)
         self.best = Incumbent()
+        self.packing_work = 0.0  # of the last packing
+        self.last = math.inf  # objective of the last packing, if it was evaluated
+        self.starting = False  # evaluate every packing
         self.scale = max(bound, 1e-300)
         self.price = price
         self.floor = piece_floor(compiled)
@@ -94,7 +98,9 @@ class TargetSearch:
     def pack(self, choice: Sequence[int], target: float, order: int) -> Packed:
         """Pack, pay for it, and remember a feasible result that beats the incumbent."""
         packed = self.packer.pack(choice, target, order)
-        self.budget.spend(PACK_WORK + PIECE_WORK * packed.pieces + TABLE_WORK * len(choice))
+        self.packing_work = PACK_WORK + PIECE_WORK * packed.pieces + TABLE_WORK * len(choice)
+        self.budget.spend(self.packing_work)
+        self.last = math.inf
         if packed.excess <= 0:
             self._offer(choice, target, order, packed)
         return packed
@@ -102,44 +108,48 @@ class TargetSearch:
     def _offer(self, choice: Sequence[int], target: float, order: int, packed: Packed) -> None:
         best = self.best
         if self.value is None:
+            self.last = packed.largest
             if packed.largest >= best.value * (1 - 1e-12):
                 return
-        elif packed.largest > min(best.scalar * NEAR, best.value):
+        elif packed.largest > min(best.scalar * NEAR, best.value) and not self.starting:
             return
         placement = self.packer.pack(choice, target, order, keep=True).placement
         assert placement is not None
-        value = packed.largest if self.value is None else self.value(choice, placement)
+        if self.value is not None:
+            self.last = self.value(choice, placement)
         best.scalar = min(best.scalar, packed.largest)
-        if value < best.value:
-            best.value, best.choice, best.placement = value, list(choice), placement
+        if self.last < best.value:
+            best.value, best.choice, best.placement = self.last, list(choice), placement
 
     def multifit(self, choice: Sequence[int], order: int, steps: int) -> float:
-        """Bisect the target for one choice and one packing order; the largest load reached."""
+        """Bisect the target for one choice and one packing order; the best objective on the way."""
         flat = self.compiled.start[:-1] + np.asarray(choice)
         low = max(self.bound, float(self.compiled.total_share[flat].sum()))
         high = 2 * max(low, float(self.compiled.total_biggest[flat].max()))
-        reached = math.inf
+        reached = best = math.inf
         for _ in range(steps):
             target = 0.5 * (low + high)
             packed = self.pack(choice, target, order)
             if packed.excess <= 0:
                 reached = min(reached, packed.largest)
+                best = min(best, self.last)
             if packed.overflow > 0 or packed.excess > 0:
                 low = target
             high = min(high, reached if packed.overflow > 0 else target)
             if high - low < 1e-3 * high or self.budget.spent():
                 break
-        return reached
+        return best
 
     def start(self, choices: Sequence[Sequence[int]], steps: int = 4) -> list[Sequence[int]]:
         """Pack every choice once and the best few in every order; the choices, best first."""
         reached: list[tuple[float, int]] = []
+        self.starting = True
         for i, choice in enumerate(choices):
             flat = self.compiled.start[:-1] + np.asarray(choice)
             average = float(self.compiled.total_share[flat].sum())
             target = max(self.bound, 1.05 * average, float(self.compiled.total_biggest[flat].max()))
             packed = self.pack(choice, target, BY_LOAD)
-            reached.append((packed.largest if packed.excess <= 0 else math.inf, i))
+            reached.append((self.last if packed.excess <= 0 else math.inf, i))
         reached.sort()
         for rank, (value, i) in enumerate(reached[:STARTS]):
             orders = ORDERS if math.isfinite(value) else (*ORDERS, BY_MEMORY)
@@ -147,11 +157,17 @@ class TargetSearch:
             reached[rank] = (min(value, fitted), i)
             if self.budget.spent():
                 break
+        self.starting = False
         return [choices[i] for _, i in sorted(reached)]
 
     def walks(self, starts: Sequence[Sequence[int]], stop: float) -> None:
-        """Short walks from the best starts, then a long one from the best solution."""
+        """Short walks from the best starts, then a long one from the best solution.
+
+        None at all where the work left pays for too few packings for a walk to get anywhere.
+        """
         whole = self.budget
+        if self.packing_work * WORTHWHILE > whole.limit - whole.work:
+            return
         for choice in starts[:SHORT_WALKS]:
             self.budget = whole.slice(SHORT_SHARE)
             self.walk(choice, stop)
