@@ -119,7 +119,7 @@ print(library is not None, _native.reason())
 
 
 def probe(cache: Path, **environment: str) -> subprocess.Popen[str]:
-    variables = {**os.environ, "SHARDWRIGHT_CACHE": str(cache), **environment}
+    variables = {**os.environ, "SHARDWRIGHT_NATIVE": "1", "SHARDWRIGHT_CACHE": str(cache), **environment}
     return subprocess.Popen(
         [sys.executable, "-c", PROBE],
         env=variables,

@@ -79,7 +79,7 @@ def exact(x: list[float], name: str) -> list[float]:
         if largest and format.scale_mode == "floor":
             exponent = max(-127, floor_log2(largest) - floor_log2(power))
         elif largest:  # rceil: the least scale under which nothing saturates
-            while largest > grid[-1] * Fraction(2) ** exponent:
+            while largest > grid[-1] * Fraction(2) ** exponent and exponent < 127:  # E8M0 ends at 2^127
                 exponent += 1
         sub = format.sub_block or format.block
         for at in range(0, len(block), sub):
