@@ -19,6 +19,8 @@ from passes.assignment.target_search import Incumbent, TargetSearch
 Effort = Literal["quick", "normal", "thorough"]
 
 PACKING_SHARE = 0.4  # of the work, with several phases; the rest polishes the phases
+PACKING_TABLES = 400  # tables up to which the packing bound is computed (seconds at most)
+WHOLE_TABLES = 64  # tables up to which it is computed with whole options
 PHASE_TABLES = 3000  # tables up to which the linear program is solved (seconds at most)
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
@@ -65,14 +67,34 @@ def solve(
         raise infeasible.give_up(compiled)
     if not budget.spent() and search.best.value > bound * (1 + max(stop_gap, OPTIMAL)):
         Polisher(compiled, bound, budget, seed).run(search.best, stop_gap)
-    method = "average load and largest piece"
-    if several and effort != "quick" and compiled.tables <= PHASE_TABLES:
-        from passes.assignment.phase_bound import phase_bound  # OR-Tools takes a second to import
-
-        phased = phase_bound(compiled, search.best.value)
-        if phased > bound:
-            bound, method = phased, "linear program over options and phase lengths (GLOP)"
+    bound, method = _tighten(compiled, bound, search.best.value, effort)
     return finish(problem, search.best, bound, method, budget.work)
+
+
+def _tighten(compiled: Compiled, bound: float, value: float, effort: Effort) -> tuple[float, str]:
+    """The best bound that the effort pays for, and what proved it."""
+    method = "average load and largest piece"
+    if effort == "quick" or value <= bound * (1 + OPTIMAL):
+        return bound, method
+    # imported here: OR-Tools takes a second to load
+    if len(compiled.problem.phases) > 1:
+        if compiled.tables <= PHASE_TABLES:
+            from passes.assignment.phase_bound import phase_bound
+
+            phased = phase_bound(compiled, value)
+            if phased > bound:
+                bound, method = phased, "linear program over options and phase lengths (GLOP)"
+        return bound, method
+    from passes.assignment.packing_bound import PackingBound
+
+    for integral, limit in ((False, PACKING_TABLES), (True, WHOLE_TABLES)):
+        if compiled.tables > limit or (integral and effort != "thorough"):
+            continue
+        packed = PackingBound(compiled, integral).bound(bound, value, 14)
+        if packed > bound:
+            solver = "SCIP, whole options" if integral else "GLOP"
+            bound, method = packed, f"linear program with dual feasible functions ({solver})"
+    return bound, method
 
 
 def _allowance(compiled: Compiled, effort: Effort) -> float:
