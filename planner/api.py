@@ -173,14 +173,16 @@ def _workload(
     features = {feature for table in model.tables for feature in table.features}
     unknown = sorted(set(given.features) - features)
     missing = sorted(features - set(given.features))
-    notes = ()
+    notes: list[str] = []
     if unknown:
-        notes += (f"the workload has {len(unknown)} features that no table looks up, such as {unknown[0]!r}",)
-    if missing and given.features:
-        notes += (
-            f"the workload lacks {len(missing)} features, such as {missing[0]!r}: one id a sample assumed",
+        notes.append(
+            f"the workload has {len(unknown)} features that no table looks up, such as {unknown[0]!r}"
         )
-    return given, notes
+    if missing and given.features:
+        notes.append(
+            f"the workload lacks {len(missing)} features, such as {missing[0]!r}: one id a sample assumed"
+        )
+    return given, tuple(notes)
 
 
 def versions() -> dict[str, str]:

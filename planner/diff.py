@@ -94,8 +94,8 @@ def render_diff(diff: PlanDiff, limit: int = 20) -> RenderableType:
         return Text("the plans are identical")
     costs = grid("", ">before", ">after", ">change")
     for name, (old, new) in (("step", diff.step), ("embedding time", diff.objective)):
-        change = f"{100 * (new - old) / old:+.1f} %" if old else "-"
-        costs.add_row(name, format_seconds(old), format_seconds(new), change)
+        moved = f"{100 * (new - old) / old:+.1f} %" if old else "-"
+        costs.add_row(name, format_seconds(old), format_seconds(new), moved)
     old_peak, new_peak = diff.peak_memory
     costs.add_row(
         "peak memory",

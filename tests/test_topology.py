@@ -42,7 +42,10 @@ def test_yaml_round_trip_with_units(tmp_path: Path) -> None:
         (lambda d: d.update(level=1), "level: unknown key"),
         (lambda d: d["device"].update(kind="tpu"), "device.kind"),
         (lambda d: d["levels"][0].update(fanout=0), "levels.0.fanout"),
-        (lambda d: d["device"]["tiers"][0].update(capacity="80 gigs"), "device.tiers.0.capacity.*unknown unit"),
+        (
+            lambda d: d["device"]["tiers"][0].update(capacity="80 gigs"),
+            "device.tiers.0.capacity.*unknown unit",
+        ),
         (lambda d: d["levels"][0]["link"].update(bandwidth=float("nan")), "levels.0.link.bandwidth.*finite"),
         (lambda d: d["levels"][0]["link"].update(bandwidth=-1), "levels.0.link.bandwidth"),
     ],
