@@ -22,6 +22,7 @@ from passes.assignment.problem import Floats
 from passes.assignment.relaxation import piece_floor
 
 ROUNDS = 40  # rounds of row generation; the bound is valid after any of them
+NODES = 400  # of SCIP's tree; its bound is valid wherever it stops
 MARGIN = 1e-7  # taken off the value for GLOP's tolerances (primal and dual 1e-7 to 1e-8)
 
 
@@ -43,9 +44,23 @@ def phase_bound(compiled: Compiled, incumbent: float, rounds: int = ROUNDS) -> f
     return min(incumbent, value * (1 - MARGIN))
 
 
+def whole_phase_bound(compiled: Compiled, incumbent: float) -> float:
+    """The same with whole choices, by SCIP's branch and bound up to ``NODES`` nodes; for few tables."""
+    floor = piece_floor(compiled)
+    keep = np.flatnonzero(compiled.usable & (floor <= incumbent))
+    if len(np.unique(compiled.table[keep])) < compiled.tables:
+        return incumbent
+    program = _Program(compiled, keep, incumbent, "SCIP")
+    program.cut(np.ones(len(keep)), np.zeros(program.phases))  # every row at once
+    program.solver.SetSolverSpecificParametersAsString(f"limits/nodes = {NODES}\n")
+    program.solver.Solve()
+    value = float(program.solver.Objective().BestBound()) * program.scale
+    return min(incumbent, max(0.0, value * (1 - 10 * MARGIN)))
+
+
 class _Program:
-    def __init__(self, compiled: Compiled, keep: np.ndarray, incumbent: float) -> None:
-        self.solver = pywraplp.Solver.CreateSolver("GLOP")
+    def __init__(self, compiled: Compiled, keep: np.ndarray, incumbent: float, name: str = "GLOP") -> None:
+        self.solver = pywraplp.Solver.CreateSolver(name)
         self.scale = incumbent if incumbent > 0 else 1.0
         self.share: Floats = compiled.share[keep] / self.scale
         self.biggest: Floats = compiled.biggest[keep] / self.scale
@@ -54,7 +69,8 @@ class _Program:
         self.phases = self.share.shape[1]
         solver = self.solver
         infinity = solver.infinity()
-        self.x = [solver.NumVar(0.0, 1.0, "") for _ in keep]
+        whole = name == "SCIP"
+        self.x = [solver.IntVar(0.0, 1.0, "") if whole else solver.NumVar(0.0, 1.0, "") for _ in keep]
         self.z = [solver.NumVar(0.0, infinity, "") for _ in range(self.phases)]
         for t in range(compiled.tables):
             one = solver.Constraint(1.0, 1.0)

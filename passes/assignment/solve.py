@@ -78,12 +78,15 @@ def _tighten(compiled: Compiled, bound: float, value: float, effort: Effort) -> 
         return bound, method
     # imported here: OR-Tools takes a second to load
     if len(compiled.problem.phases) > 1:
-        if compiled.tables <= PHASE_TABLES:
-            from passes.assignment.phase_bound import phase_bound
+        from passes.assignment.phase_bound import phase_bound, whole_phase_bound
 
-            phased = phase_bound(compiled, value)
+        for prove, limit, solver in (
+            (phase_bound, PHASE_TABLES, "GLOP"),
+            (whole_phase_bound, WHOLE_TABLES, "SCIP, whole options"),
+        ):
+            phased = prove(compiled, value) if compiled.tables <= limit else 0.0
             if phased > bound:
-                bound, method = phased, "linear program over options and phase lengths (GLOP)"
+                bound, method = phased, f"program over options and phase lengths ({solver})"
         return bound, method
     from passes.assignment.packing_bound import PackingBound
 
