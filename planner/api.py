@@ -163,8 +163,8 @@ def _workload(
         chosen = own or Workload()
         # the default batch is nobody's wish, so it bends to the world size
         batch = -(-chosen.global_batch // world) * world
-        notes = () if own else ("no workload given: one id a sample and feature, uniform access",)
-        return replace(chosen, global_batch=batch), notes
+        said = () if own else ("no workload given: one id a sample and feature, uniform access",)
+        return replace(chosen, global_batch=batch), said
     if given.global_batch % world:
         near = max(1, round(given.global_batch / world)) * world
         raise InputError(
