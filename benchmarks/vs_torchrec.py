@@ -29,11 +29,8 @@ from benchmarks._tables import Table, builtin, load
 Spec = tuple[str, str, int, str, bool]  # file, set, ranks, constants, tuned rival too
 
 DCNV2 = "mlperf_dlrm_dcnv2"
-QUICK: list[Spec] = [
-    (DCNV2, DCNV2, 8, "default", True),
-    (DCNV2, DCNV2, 16, "h100", True),
-    ("criteo_kaggle", "criteo_kaggle", 8, "default", True),
-]
+QUICK: list[Spec] = [(DCNV2, DCNV2, 8, "default", True), (DCNV2, DCNV2, 16, "h100", True)]
+QUICK_PARTITIONS: tuple[int | None, ...] = (32,)  # the tuned rival's, to stay within a minute
 STANDARD: list[Spec] = [
     *[(DCNV2, DCNV2, ranks, kind, True) for ranks in (8, 16, 64, 128) for kind in ("default", "h100")],
     ("criteo_kaggle", "criteo_kaggle", 8, "default", True),
@@ -101,7 +98,9 @@ def plan_ours(case: Any, objective: Any, effort: Any = "quick") -> Ours:
     return Ours(model.score(options), solution.lower_bound, used)
 
 
-def run_case(report: Report, spec: Spec, tables: list[Table], module: Any) -> dict[str, float]:
+def run_case(
+    report: Report, spec: Spec, tables: list[Table], module: Any, partitions: tuple[int | None, ...] | None
+) -> dict[str, float]:
     """One row of the table; returns the ratios that the claims are made of."""
     from benchmarks._torchrec_rival import build_case, default_plan, tuned_plans
     from cost_models.adapters.torchrec import TorchRecObjective
@@ -111,7 +110,7 @@ def run_case(report: Report, spec: Spec, tables: list[Table], module: Any) -> di
     rival = default_plan(case)
     scorer = TorchRecObjective(case.module, case.sharders, case.topology, case.batch_size, case.constraints)
     default = scorer.score(rival.total) if rival.total else None
-    plans = tuned_plans(case) if tuned else []
+    plans = (tuned_plans(case, partitions) if partitions else tuned_plans(case)) if tuned else []
     # The expert may also keep the default plan.
     scored_a = [scorer.score(p.total) for p in plans if p.total] + ([default] if default else [])
     scored_b = [scorer.score(p.with_input) for p in plans if p.with_input] + ([default] if default else [])
@@ -175,7 +174,7 @@ def specs(args: argparse.Namespace) -> list[tuple[Spec, list[Table]]]:
     return [(spec, builtin(spec[0])[spec[1]]) for spec in chosen]
 
 
-def claims(report: Report, ratios: list[dict[str, float]]) -> None:
+def claims(report: Report, ratios: list[dict[str, float]], whole: bool) -> None:
     """Turn the ratios into claims; the bounds' geometric means say what room there was."""
 
     def of(key: str) -> list[float]:
@@ -183,11 +182,19 @@ def claims(report: Report, ratios: list[dict[str, float]]) -> None:
 
     against = [v for key in ("A_default", "A_tuned", "B_default", "B_tuned") for v in of(key)]
     report.claim("never_worse_than_rival", max(against, default=None), 1.0 + 1e-9, "<=")
-    report.claim("A_vs_default_geomean", geomean(of("A_default")), 0.70, "<=")
-    report.claim("A_vs_tuned_geomean", geomean(of("A_tuned")), 0.90, "<=")
-    report.claim("B_vs_tuned_geomean", geomean(of("B_tuned")), 0.80, "<=")
+    targets = {"A_default": 0.70, "A_tuned": 0.90, "B_tuned": 0.80}
+    for key, target in targets.items():
+        name, value = f"{key.replace('_', '_vs_')}_geomean", geomean(of(key))
+        if whole:
+            report.claim(name, value, target, "<=")
+        elif value is not None:
+            report.note(f"{name}: {value:.3f} on these cases (the target {target} is for the standard set)")
     report.claim("memory_legal", min(of("legal"), default=None), 1.0, "==")
-    report.claim("cpu_share_of_default_geomean", geomean(of("cpu")), 1 / 20, "<=")
+    share = geomean(of("cpu"))
+    if whole:
+        report.claim("cpu_share_of_default_geomean", share, 1 / 20, "<=")
+    else:
+        report.note(f"cpu_share_of_default_geomean: {share or 0.0:.4f}")
     report.note(f"largest share of the default planner's CPU seconds: {max(of('cpu')):.4f} of 0.05 asked")
     for key in ("A_default", "A_tuned", "B_tuned"):
         room = geomean(of(f"{key}_bound"))
@@ -201,7 +208,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="three cases, under a minute")
+    size.add_argument("--quick", action="store_true", help="two cases and a weaker expert, under a minute")
     size.add_argument("--full", action="store_true", help="all table sets, also the large ones (long)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tables", type=Path, help="a table set in the format of planner/data/tables")
@@ -227,9 +234,13 @@ def main() -> int:
         if key not in modules:
             modules = {key: build_module(tables)}
         started = time.monotonic()
-        ratios.append(run_case(report, spec, tables, modules[key]))
-        print(f"{spec[1]} {spec[2]} {spec[3]}: {time.monotonic() - started:.1f} s", file=sys.stderr)
-    claims(report, ratios)
+        partitions = QUICK_PARTITIONS if args.quick else None
+        ratios.append(run_case(report, spec, tables, modules[key], partitions))
+        ratio = {k: round(v, 4) for k, v in ratios[-1].items()}
+        print(f"{spec[1]} {spec[2]} {spec[3]}: {time.monotonic() - started:.1f} s {ratio}", file=sys.stderr)
+    if args.quick:
+        report.note("quick: two cases, and the tuned rival tries min_partition 32 only")
+    claims(report, ratios, whole=not (args.quick or args.tables))
     return report.finish(args.json)
 
 
