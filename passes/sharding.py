@@ -23,7 +23,6 @@ from typing import ClassVar
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.embedding import PHASES, phase_overheads, unit_seconds
 from cost_models.memory import dense_memory, unit_memory
-
 from ir.errors import InfeasibleError
 from ir.ops import EmbeddingTable
 from ir.plan import Certificate, Shard, TablePlan
