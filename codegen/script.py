@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codegen.torchrec import in_torchrec_order
 from codegen.torchrec_check import check, collections_of, locate
 from ir.errors import InputError
 from ir.plan import Plan, TablePlan
@@ -146,14 +147,14 @@ def _features(plan: Plan) -> list[tuple[str, int, float]]:
 
 
 def _blocks(table: TablePlan, plan: Plan) -> list[tuple[int, int, int]]:
-    """(first column, columns, first rank) of each column block; none for copies."""
+    """(first column, columns, first rank) of each column block, narrow ones first; none for copies."""
     if table.sharding_type == "data_parallel":
         return []
     ranks = {"row_wise": plan.world_size, "table_row_wise": plan.topology.host_size}
     step = ranks.get(
         table.sharding_type, plan.topology.host_size if table.sharding_type == "grid_shard" else 1
     )
-    return [(shard.col, shard.cols, shard.rank) for shard in table.shards[::step]]
+    return [(shard.col, shard.cols, shard.rank) for shard in in_torchrec_order(table)[::step]]
 
 
 def _build_lines(model: str, options: dict[str, Any], device: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
 from ir.errors import InputError
-from ir.plan import Plan, TablePlan
+from ir.plan import Plan, Shard, TablePlan
 from ir.workload import Optimizer
 
 if TYPE_CHECKING:
@@ -71,14 +71,23 @@ def _parameter_sharding(table: TablePlan, host_size: int, device: str) -> Any:
             shard_sizes=[shard.rows, shard.cols],
             placement=f"rank:{shard.rank}/{device if device == 'cpu' else f'{device}:{shard.rank % host_size}'}",
         )
-        for shard in table.shards
+        for shard in in_torchrec_order(table)
     ]
     return ParameterSharding(
         sharding_type=table.sharding_type,
         compute_kernel=table.compute_kernel,
-        ranks=[shard.rank for shard in table.shards],
+        ranks=[shard.rank for shard in in_torchrec_order(table)],
         sharding_spec=EnumerableShardingSpec(shards),
     )
+
+
+def in_torchrec_order(table: TablePlan) -> tuple[Shard, ...]:
+    """A table's shards, narrow column blocks first, so that several on one rank are held right.
+
+    TorchRec puts columns together by their offsets, so the order is free; see
+    :func:`ir.torchrec_rules.stackable` for why it matters.
+    """
+    return tuple(sorted(table.shards, key=lambda shard: (shard.cols, shard.col)))  # rows keep their order
 
 
 @dataclass(slots=True)
@@ -114,6 +123,8 @@ def sharded_model(
     optimizer: Optimizer | None = None,
     lr: float = 0.01,
     dense_optimizer: Optimizer | None = None,
+    dense_lr: float | None = None,
+    eps: float = 1e-8,
     device: str = "cpu",
 ) -> ShardedModel:
     """``module`` sharded as the plan says and ready to train; its weights are kept.
@@ -126,8 +137,10 @@ def sharded_model(
         module: consumed: its tables are moved into the shards.
         process_group: default: the default group.
         optimizer: of the tables; default the workload's.
-        lr: learning rate of everything.
+        lr: learning rate of the tables.
         dense_optimizer: of the rest; default the like of ``optimizer`` (Adagrad for row-wise Adagrad).
+        dense_lr: learning rate of the rest; default ``lr``.
+        eps: of Adagrad and Adam; the default is FBGEMM's.
         device: ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -154,7 +167,7 @@ def sharded_model(
         log.info(note)
     collections = collections_of(module)
     decided = sharding_plan(plan.table_plans, collections, plan.topology.host_size, device)
-    fused, arguments = fused_optimizer(name, lr)
+    fused, arguments = fused_optimizer(name, lr, eps)
     places = {table.name: locate(table, collections) for table in plan.table_plans}
     for table in plan.table_plans:
         if table.compute_kernel == "fused":
@@ -176,8 +189,8 @@ def sharded_model(
     names = {
         f"{c.path}.".lstrip(".") + f"{c.parameters}.{config.name}.weight" for c, config in places.values()
     }
-    optimizers = _ordinary_optimizers(wrapped, names, name, dense_optimizer or dense_counterpart(name), lr)
-    return ShardedModel(wrapped, optimizers)
+    dense = (dense_optimizer or dense_counterpart(name), dense_lr or lr)
+    return ShardedModel(wrapped, _ordinary_optimizers(wrapped, names, (name, lr), dense, eps))
 
 
 def load_weights(wrapped: Any, weights: Mapping[str, Any]) -> None:
@@ -202,7 +215,11 @@ def _has_meta(module: nn.Module) -> bool:
 
 
 def _ordinary_optimizers(
-    wrapped: Any, table_names: set[str], name: Optimizer, dense: Optimizer, lr: float
+    wrapped: Any,
+    table_names: set[str],
+    of_tables: tuple[Optimizer, float],
+    of_rest: tuple[Optimizer, float],
+    eps: float,
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Optimizers of the parameters that no fused kernel updates: tables with dense kernels, and the rest."""
     from codegen.runtime.optimizers import make_optimizer
@@ -214,8 +231,8 @@ def _ordinary_optimizers(
             continue  # updated in the backward pass, or a table of which this rank holds nothing
         (tables if path in table_names else rest).append(parameter)
     return tuple(
-        make_optimizer(kind, parameters, lr)
-        for kind, parameters in ((name, tables), (dense, rest))
+        make_optimizer(kind, parameters, lr, eps=eps)
+        for (kind, lr), parameters in ((of_tables, tables), (of_rest, rest))
         if parameters
     )
 

@@ -226,10 +226,10 @@ def _check_stacks(table: TablePlan) -> None:
     for shard in table.shards:
         widths.setdefault(shard.rank, []).append(shard.cols)
     for rank, stack in widths.items():
-        if not stackable(stack, table.compute_kernel):
+        if not stackable(sorted(stack), table.compute_kernel):
             raise InputError(
                 f"table {table.name!r} has column blocks of widths {stack} on rank {rank}, which TorchRec mixes up "
-                f"under the {table.compute_kernel} kernel; use equal widths, or put them on different ranks"
+                f"under the {table.compute_kernel} kernel; use equal widths, the fused kernel, or different ranks"
             )
 
 

@@ -94,10 +94,6 @@ FAULTS: dict[str, tuple[Plan, str]] = {
     ),
     "no shards": (change(plan_of(COLUMNS), lambda s: ()), "has no shards"),
     "odd width": (plan_of(Decision("column_wise", (0, 1), (10, 14))), "10 columns is not a multiple of 4"),
-    "wide block first on one rank": (
-        plan_of(Decision("column_wise", (1, 1), (16, 8))),
-        r"widths \[16, 8\] on rank 1",
-    ),
     "dense blocks of two widths": (
         plan_of(Decision("column_wise", (1, 1), (8, 16), kernel="dense")),
         r"widths \[8, 16\] on rank 1",

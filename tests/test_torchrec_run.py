@@ -76,10 +76,10 @@ def test_all_types_in_one_collection(hosts: int, host_size: int, optimizer: str)
 
 def test_uneven_widths_and_several_blocks_on_one_rank() -> None:
     decisions = {
-        "a": Decision("column_wise", (1, 0, 1), (4, 8, 12)),
+        "a": Decision("column_wise", (1, 0, 1), (12, 8, 4)),
         "b": Decision("column_wise", (0, 0), kernel="dense"),
-        "c": Decision("table_column_wise", (1, 1), (4, 12)),
-        "d": Decision("grid_shard", (0, 0)),
+        "c": Decision("table_column_wise", (1, 1), (12, 4)),
+        "d": Decision("grid_shard", (0, 0), (12, 4)),
     }
     result = run(make_plan(TABLES, decisions, 1, 2, optimizer="rowwise_adagrad"), TABLES)
     assert result.equal, result
@@ -124,7 +124,7 @@ def test_half_precision_tables() -> None:
 
 
 def test_a_wrong_update_would_be_seen() -> None:
-    """The comparison itself: another learning rate for the reference's optimizer must not pass."""
+    """The comparison itself: a model that computes something else when it is sharded must not pass."""
     plan = make_plan(TABLES, {t.name: Decision("row_wise") for t in TABLES}, 1, 2)
     same = run(plan, TABLES, steps=1)
     assert same.equal
@@ -132,6 +132,7 @@ def test_a_wrong_update_would_be_seen() -> None:
     changed = run_plan(plan, f"{MODELS}:Forgetful", (declared(TABLES),), steps=1, lr=0.1)
     assert not changed.equal
     assert changed.weights.relative > 1e-3
+    assert changed.updates.relative > 0.01
 
 
 def test_refused_runs() -> None:

@@ -21,6 +21,16 @@ from ir.workload import Optimizer
 
 TOLERANCE = 1e-5  # relative, fp32: sums over ranks are added in another order
 TOLERANCE_FP16 = 1e-3  # half tables: twice the rounding of an update, 2^-11, by FBGEMM and by torch
+UPDATE_TOLERANCE = 1e-3  # relative to the largest update of a tensor, rounding of the weights left out
+# Learning rates at which a few steps move weights far beyond their rounding, so that updates can be compared.
+DEFAULT_LR: dict[Optimizer, float] = {"sgd": 1.0, "adagrad": 0.01, "rowwise_adagrad": 0.01, "adam": 0.001}
+# The dense part is trained with plain SGD whatever the tables use: an element-wise adaptive optimizer divides
+# a gradient by its own size, so that rounding of a gradient near zero becomes a step of full length.
+DENSE_OPTIMIZER: Optimizer = "sgd"
+DENSE_LR = 0.1
+# eps of Adagrad and Adam on tables in a comparison. Their first step is g / (|g| + eps): with 1e-8 a gradient
+# that cancels to its own rounding (1e-13 in a DLRM) can be a full step in one run and its opposite in the other.
+EPS = 1e-6
 WARM_UP = 2  # steps before times are taken: buffers and process groups are made in the first
 _BYTES = 4  # of an fp32 weight
 
@@ -50,12 +60,16 @@ class RunResult:
     host_size: int
     steps: int
     global_batch: int
-    optimizer: str
-    lr: float
+    optimizer: str  # of the tables
+    lr: float  # of the tables
+    dense_optimizer: str
+    dense_lr: float
+    eps: float  # of Adagrad and Adam
     seed: int
     outputs: Difference  # over all steps
     losses: Difference
     weights: Difference  # after the last step
+    updates: Difference  # weights after the last step less those before the first, beyond rounding
     changed: int  # parameters (whole tensors) that training changed
     tensors: int  # parameters in all
     tolerance: float
@@ -70,7 +84,7 @@ class RunResult:
     def equal(self) -> bool:
         """Outputs, losses and weights agree within the tolerance, and there was something to agree on."""
         within = all(d.relative <= self.tolerance for d in (self.outputs, self.losses, self.weights))
-        return within and self.changed > 0
+        return within and self.updates.relative <= UPDATE_TOLERANCE and self.changed > 0
 
     @property
     def median_step(self) -> float:
@@ -96,7 +110,7 @@ def run_plan(
     nproc: int | None = None,
     steps: int = 5,
     seed: int = 0,
-    lr: float = 0.01,
+    lr: float | None = None,
     batch: int | None = None,
     optimizer: Optimizer | None = None,
     timeout: float = DEFAULT_TIMEOUT,
@@ -114,7 +128,7 @@ def run_plan(
         nproc: processes; default and only value: the plan's world size.
         steps: timed and compared steps; two more are run first to warm up and are compared too.
         seed: of weights and batches.
-        lr: learning rate.
+        lr: learning rate of the tables; default :data:`DEFAULT_LR` of the optimizer.
         batch: global batch; default the workload's.
         optimizer: of the tables; default the workload's.
         timeout: seconds for the whole run.
@@ -126,14 +140,15 @@ def run_plan(
     """
     nproc = plan.world_size if nproc is None else nproc
     name: Optimizer = optimizer or plan.workload.optimizer
+    rate = DEFAULT_LR[name] if lr is None else lr
     size = plan.workload.global_batch if batch is None else batch
     if nproc != plan.world_size:
         raise InputError(
             f"the plan is for {plan.world_size} ranks, not {nproc}; run {plan.world_size} processes or compile "
             f"for local-{nproc}"
         )
-    if steps < 1 or not (math.isfinite(lr) and lr > 0):
-        raise InputError(f"steps must be at least 1 and lr positive, not {steps} and {lr!r}")
+    if steps < 1 or not (math.isfinite(rate) and rate > 0):
+        raise InputError(f"steps must be at least 1 and lr positive, not {steps} and {rate!r}")
     if size % nproc:
         raise InputError(
             f"a global batch of {size} samples does not divide over {nproc} ranks; use a multiple of {nproc}"
@@ -149,7 +164,7 @@ def run_plan(
             "steps": steps + WARM_UP,
             "batch": size,
             "seed": seed,
-            "lr": lr,
+            "lr": rate,
             "optimizer": name,
         },
         host_size=plan.topology.host_size,
@@ -164,11 +179,15 @@ def run_plan(
         steps=steps,
         global_batch=size,
         optimizer=name,
-        lr=lr,
+        lr=rate,
+        dense_optimizer=DENSE_OPTIMIZER,
+        dense_lr=DENSE_LR,
+        eps=EPS,
         seed=seed,
         outputs=Difference(**first["outputs"]),
         losses=Difference(**first["losses"]),
         weights=Difference(**first["weights"]),
+        updates=Difference(**first["updates"]),
         changed=first["changed"],
         tensors=first["tensors"],
         tolerance=TOLERANCE_FP16 if any(t.dtype == "fp16" for t in plan.table_plans) else TOLERANCE,

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from codegen.runtime.batches import Batch, RandomBatches
-from codegen.runtime.compare import Difference
+from codegen.runtime.compare import DENSE_LR, DENSE_OPTIMIZER, EPS, Difference
 from codegen.runtime.gather import gather_rows, mean_over_ranks, whole_weights
 from codegen.runtime.launch import Rank
 from codegen.runtime.models import ModelSpec
-from codegen.runtime.optimizers import dense_counterpart, make_optimizer
+from codegen.runtime.optimizers import make_optimizer
 from codegen.torchrec import ShardedModel, sharded_model
 from codegen.torchrec_check import collections_of, locate, widths_of
 from ir.errors import InputError
@@ -49,7 +49,15 @@ def train_and_compare(
     before = checksums(module)
     same_on_all_ranks(before, spec.factory)
     batches = RandomBatches(module, decided.table_plans, decided.workload, batch, example)
-    sharded = sharded_model(decided, module, optimizer=optimizer, lr=lr)
+    sharded = sharded_model(
+        decided,
+        module,
+        optimizer=optimizer,
+        lr=lr,
+        dense_optimizer=DENSE_OPTIMIZER,
+        dense_lr=DENSE_LR,
+        eps=EPS,
+    )
     outputs: list[Outputs] = []
     losses: list[float] = []
     seconds: list[float] = []
@@ -106,14 +114,18 @@ def _compare_alone(
         for key, value in found.items():
             of_outputs = of_outputs.join(difference(outputs[step][key], value, f"step {step} {key}".strip()))
         of_losses = of_losses.join(difference(torch.tensor(losses[step]), loss, f"step {step}"))
-    of_weights = Difference(0.0, 0.0, "")
+    of_weights = of_updates = Difference(0.0, 0.0, "")
     final = module.state_dict()
     for name, value in final.items():
         of_weights = of_weights.join(difference(weights[name], value, name))
+        if name in initial:
+            moved = difference_of_updates(weights[name], value, initial[name], len(losses), name)
+            of_updates = of_updates.join(moved)
     return {
         "outputs": asdict(of_outputs),
         "losses": asdict(of_losses),
         "weights": asdict(of_weights),
+        "updates": asdict(of_updates),
         "changed": sum(not torch.equal(value, weights[name]) for name, value in initial.items()),
         "tensors": len(initial),
         "unsharded_seconds": seconds,
@@ -137,8 +149,24 @@ def train_step(model: ShardedModel, batch: Batch) -> tuple[Outputs, Tensor]:
     return {key: value.detach() for key, value in found.items()}, loss.detach()
 
 
-def unsharded_model(plan: Plan, module: nn.Module, optimizer: Optimizer, lr: float) -> ShardedModel:
-    """``module`` as it is, with optimizers that do what the plan's sharded ones do."""
+def unsharded_model(
+    plan: Plan,
+    module: nn.Module,
+    optimizer: Optimizer,
+    lr: float,
+    dense: tuple[Optimizer, float] = (DENSE_OPTIMIZER, DENSE_LR),
+    eps: float = EPS,
+) -> ShardedModel:
+    """``module`` as it is, with optimizers that do what the plan's sharded ones do.
+
+    Args:
+        plan: whose column blocks decide how many states row-wise Adagrad keeps.
+        module: trained in place.
+        optimizer: of the tables.
+        lr: of the tables.
+        dense: optimizer and learning rate of the rest.
+        eps: of Adagrad and Adam.
+    """
     collections = collections_of(module)
     tables, widths = [], []
     for table in plan.table_plans:
@@ -147,9 +175,9 @@ def unsharded_model(plan: Plan, module: nn.Module, optimizer: Optimizer, lr: flo
         widths.append((table.dim,) if table.sharding_type == "data_parallel" else widths_of(table))
     taken = {id(table) for table in tables}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in taken]
-    made = [make_optimizer(optimizer, tables, lr, widths)]
+    made = [make_optimizer(optimizer, tables, lr, widths, eps)]
     if rest:
-        made.append(make_optimizer(dense_counterpart(optimizer), rest, lr))
+        made.append(make_optimizer(dense[0], rest, dense[1], eps=eps))
     return ShardedModel(module, tuple(made))
 
 
@@ -197,6 +225,22 @@ def difference(found: Tensor, expected: Tensor, where: str) -> Difference:
     scale = float(expected.double().abs().max())
     gap = gap if gap == gap else float("inf")
     return Difference(gap, gap / scale if scale else (0.0 if gap == 0 else float("inf")), where)
+
+
+def difference_of_updates(
+    found: Tensor, expected: Tensor, initial: Tensor, steps: int, where: str
+) -> Difference:
+    """How far two runs moved a weight differently, relative to the farthest that one was moved.
+
+    Weights are rounded in each step of each run by half a unit in the last place at most, which hides
+    small updates; that much is taken off.
+    """
+    start = initial.double()
+    move = float((expected.double() - start).abs().max())
+    rounding = steps * torch.finfo(initial.dtype).eps * float(expected.double().abs().max())
+    gap = difference(found.double() - start, expected.double() - start, where).absolute
+    beyond = max(0.0, gap - rounding)
+    return Difference(beyond, beyond / move if move else (0.0 if beyond == 0 else float("inf")), where)
 
 
 def checksums(module: nn.Module) -> dict[str, float]:

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from ir.workload import Optimizer
 
-ADAGRAD_EPS = 1e-8  # FBGEMM's default for its Adagrad kernels; torch's own default is 1e-10
-ADAM_EPS = 1e-8  # default of torch.optim.Adam and of FBGEMM
+ADAGRAD_EPS = 1e-8  # FBGEMM's default for its Adagrad kernels, and for Adam (torch's Adagrad: 1e-10)
 
 
 class BlockRowWiseAdagrad(torch.optim.Optimizer):
@@ -68,29 +67,35 @@ class BlockRowWiseAdagrad(torch.optim.Optimizer):
 
 
 def make_optimizer(
-    name: Optimizer, params: Sequence[Tensor], lr: float, widths: Sequence[Sequence[int]] | None = None
+    name: Optimizer,
+    params: Sequence[Tensor],
+    lr: float,
+    widths: Sequence[Sequence[int]] | None = None,
+    eps: float = ADAGRAD_EPS,
 ) -> torch.optim.Optimizer:
     """An ordinary optimizer; ``widths`` (columns of each block of each table) matter to row-wise Adagrad."""
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr)
     if name == "adagrad":
-        return torch.optim.Adagrad(params, lr=lr, eps=ADAGRAD_EPS)
+        return torch.optim.Adagrad(params, lr=lr, eps=eps)
     if name == "rowwise_adagrad":
-        return BlockRowWiseAdagrad(params, lr, widths=widths)
-    return torch.optim.Adam(params, lr=lr, eps=ADAM_EPS)
+        return BlockRowWiseAdagrad(params, lr, eps, widths)
+    return torch.optim.Adam(params, lr=lr, eps=eps)
 
 
-def fused_optimizer(name: Optimizer, lr: float) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def fused_optimizer(
+    name: Optimizer, lr: float, eps: float = ADAGRAD_EPS
+) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Class and arguments for ``apply_optimizer_in_backward``, which FBGEMM turns into its own kernel."""
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
     if name == "sgd":
         return torch.optim.SGD, {"lr": lr}
     if name == "adagrad":
-        return torch.optim.Adagrad, {"lr": lr, "eps": ADAGRAD_EPS}
+        return torch.optim.Adagrad, {"lr": lr, "eps": eps}
     if name == "rowwise_adagrad":
-        return RowWiseAdagrad, {"lr": lr, "eps": ADAGRAD_EPS}
-    return torch.optim.Adam, {"lr": lr, "eps": ADAM_EPS}
+        return RowWiseAdagrad, {"lr": lr, "eps": eps}
+    return torch.optim.Adam, {"lr": lr, "eps": eps}
 
 
 def dense_counterpart(name: Optimizer) -> Optimizer:
