@@ -60,7 +60,7 @@ def train_here(out: Console) -> bool:
     out.print(summary(plan))
     factory, arguments, options = factory_of(plan)
     with progress(STEPS) as on_step:
-        result = run_plan(plan, factory, arguments, options, steps=STEPS, lr=1e-4, on_step=on_step)
+        result = run_plan(plan, factory, arguments, options, steps=STEPS, on_step=on_step)
     out.print()
     out.print(render_run(plan, result))
     return result.equal

@@ -40,7 +40,12 @@ def table_options(
             continue
         for option in _of_type(kind, table, topology, rule.min_column_width or constraints.min_column_width):
             unsupported = torchrec_supported(
-                table.rows, table.dim, option, topology.world_size, topology.host_size
+                table.rows,
+                table.dim,
+                option,
+                topology.world_size,
+                topology.host_size,
+                pooling=table.pooling,
             )
             if unsupported:
                 refused.append(f"{option.label}: {unsupported}")
