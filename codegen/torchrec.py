@@ -40,31 +40,28 @@ def to_torchrec(plan: Plan, module: nn.Module, *, device: str = "cpu") -> Any:
     check(plan, module, device=device)
     for note in notes(plan):
         log.info(note)
-    return sharding_plan(plan.table_plans, collections_of(module), plan.topology.host_size, device)
+    return sharding_plan(plan, collections_of(module), device)
 
 
-def sharding_plan(
-    tables: Iterable[TablePlan], collections: Iterable[Collection], host_size: int, device: str
-) -> Any:
-    """The ``ShardingPlan`` of decisions that have been checked already."""
+def sharding_plan(plan: Plan, collections: Iterable[Collection], device: str) -> Any:
+    """The ``ShardingPlan`` of a plan that has been checked already."""
     from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
     collections = tuple(collections)
     modules: dict[str, Any] = {}
-    for table in tables:
+    for table in plan.table_plans:
         collection, config = locate(table, collections)
         of_module = modules.setdefault(collection.path, EmbeddingModuleShardingPlan())
-        of_module[config.name] = _parameter_sharding(table, host_size, device)
+        of_module[config.name] = _parameter_sharding(table, plan.world_size, plan.topology.host_size, device)
     return ShardingPlan(plan=modules)
 
 
-def _parameter_sharding(table: TablePlan, host_size: int, device: str) -> Any:
+def _parameter_sharding(table: TablePlan, world_size: int, host_size: int, device: str) -> Any:
     from torch.distributed._shard.metadata import ShardMetadata
     from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding
 
     if table.sharding_type == "data_parallel":
-        ranks = [shard.rank for shard in table.shards]
-        return ParameterSharding("data_parallel", "dense", ranks, None)
+        return ParameterSharding("data_parallel", "dense", list(range(world_size)), None)
     shards = [
         ShardMetadata(
             shard_offsets=[shard.row, shard.col],
@@ -166,7 +163,7 @@ def sharded_model(
     for note in notes(plan, name):
         log.info(note)
     collections = collections_of(module)
-    decided = sharding_plan(plan.table_plans, collections, plan.topology.host_size, device)
+    decided = sharding_plan(plan, collections, device)
     fused, arguments = fused_optimizer(name, lr, eps)
     places = {table.name: locate(table, collections) for table in plan.table_plans}
     for table in plan.table_plans:

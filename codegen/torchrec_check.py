@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ir.errors import InputError, did_you_mean
-from ir.plan import Plan, Shard, TablePlan
+from ir.plan import EVERY_RANK, Plan, Shard, TablePlan
 from ir.sharding import COLUMN_SPLIT, ROW_SPLIT, ShardingOption, units
 from ir.torchrec_rules import CPU_DTYPES, CPU_FUSED_OPTIMIZERS, stackable, torchrec_supported
 from ir.workload import Optimizer
@@ -115,7 +115,8 @@ def _check_ranks(table: TablePlan, world_size: int) -> None:
             f"table {table.name!r} has no shards, so nobody would hold it; compile the plan again"
         )
     for shard in table.shards:
-        if shard.rank >= world_size:
+        copied = table.sharding_type == "data_parallel"
+        if shard.rank >= world_size or (shard.rank == EVERY_RANK and not copied):
             raise InputError(
                 f"table {table.name!r} has a shard on rank {shard.rank} but the plan has ranks 0 to "
                 f"{world_size - 1}; compile for the world size that you run"
@@ -125,7 +126,7 @@ def _check_ranks(table: TablePlan, world_size: int) -> None:
 def _check_coverage(table: TablePlan) -> None:
     """Every row and column exactly once (once a rank for copies)."""
     if table.sharding_type == "data_parallel":
-        return  # _check_geometry compares the copies one by one
+        return  # _check_geometry compares the copy
     for shard in table.shards:
         if shard.row + shard.rows > table.rows or shard.col + shard.cols > table.dim:
             raise InputError(
@@ -171,11 +172,10 @@ def _check_geometry(table: TablePlan, world_size: int, host_size: int) -> None:
             f"table {table.name!r} cannot be {table.option} in TorchRec: {reason}; choose another option"
         )
     if kind == "data_parallel":
-        whole = tuple(Shard(rank, 0, 0, table.rows, table.dim) for rank in range(world_size))
-        if tuple(sorted(table.shards, key=lambda shard: shard.rank)) != whole:
+        if table.shards != (Shard(EVERY_RANK, 0, 0, table.rows, table.dim),):
             raise InputError(
-                f"table {table.name!r} is data_parallel but not one whole copy on each of {world_size} ranks; "
-                "list one shard of the whole table per rank"
+                f"table {table.name!r} is data_parallel but not one whole shard on every rank; "
+                f"list one shard of the whole table with rank {EVERY_RANK}"
             )
         return
     blocks = [block for unit in units(option, table.rows, world_size, host_size) for block in unit.blocks]

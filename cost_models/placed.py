@@ -46,7 +46,10 @@ def placed_units(plan: TablePlan, topology: Topology) -> Iterator[tuple[Unit, tu
     """Each unit of a decision with the ranks that hold it."""
     position = 0
     for unit in units(option_of(plan), plan.rows, topology.world_size, topology.host_size):
-        holders = topology.world_size if plan.sharding_type == "data_parallel" else len(unit.blocks)
+        if plan.sharding_type == "data_parallel":
+            yield unit, plan.ranks(topology.world_size)
+            continue
+        holders = len(unit.blocks)
         yield unit, tuple(shard.rank for shard in plan.shards[position : position + holders])
         position += holders
 

@@ -26,17 +26,20 @@ FORMAT_VERSION = "1.0"  # MAJOR.MINOR: an unknown major is refused, a newer mino
 
 Count = Annotated[int, Field(ge=0)]
 
+EVERY_RANK = -1
+"""Rank of the one shard of a data-parallel table: each rank holds a copy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A block of a table on one rank: ``rows`` x ``cols`` from ``(row, col)``.
 
-    ``data_parallel`` tables have one whole-table shard on every rank.
+    A ``data_parallel`` table has one whole-table shard with rank :data:`EVERY_RANK`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    rank: Count
+    rank: Annotated[int, Field(ge=EVERY_RANK)]
     row: Count
     col: Count
     rows: Count
@@ -77,6 +80,16 @@ class TablePlan:
     memory: dict[str, int]  # bytes by purpose, summed over ranks
     reason: str = ""
     runner_up: Alternative | None = None
+
+    def on_rank(self, rank: int) -> tuple[Shard, ...]:
+        """The shards that one rank holds, a copy included."""
+        return tuple(shard for shard in self.shards if shard.rank in (rank, EVERY_RANK))
+
+    def ranks(self, world_size: int) -> tuple[int, ...]:
+        """The ranks that hold a part of the table, in order."""
+        if self.sharding_type == "data_parallel":
+            return tuple(range(world_size))
+        return tuple(sorted({shard.rank for shard in self.shards}))
 
     @property
     def option(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from ir.ops import EmbeddingTable, Op
-from ir.plan import Certificate, RankMemory, Shard, TablePlan, Timeline
+from ir.plan import EVERY_RANK, Certificate, RankMemory, Shard, TablePlan, Timeline
 from ir.program import Program
 from ir.topology import Topology
 from ir.units import format_bandwidth, format_bytes, format_count, format_seconds
@@ -141,7 +141,10 @@ def _shards(shards: Sequence[Shard]) -> str:
     for shard in shards:
         if shard.rows:
             blocks.setdefault((shard.col, shard.col + shard.cols), []).append(shard.rank)
-    return " ".join(f"[{a}:{b}]@{_ranges(ranks)}" for (a, b), ranks in sorted(blocks.items()))
+    return " ".join(
+        f"[{a}:{b}]@{'all' if ranks == [EVERY_RANK] else _ranges(ranks)}"
+        for (a, b), ranks in sorted(blocks.items())
+    )
 
 
 def _sharding(plan: TablePlan) -> str:

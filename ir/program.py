@@ -16,6 +16,8 @@ from ir.topology import Topology
 from ir.workload import Workload
 
 Mode = Literal["train", "inference"]
+Objective = Literal["phases", "bottleneck"]
+"""What sharding minimises, see :mod:`passes.sharding`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Options:
     constraints: Constraints = field(default_factory=Constraints)
     time_limit: float = 30.0  # limit on deterministic solver work, about seconds
     seed: int = 0
+    objective: Objective = "phases"
 
 
 @dataclass(frozen=True, slots=True)

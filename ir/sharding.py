@@ -101,6 +101,24 @@ def even_widths(dim: int, parts: int) -> tuple[int, ...] | None:
     return tuple((each + (i < extra)) * COLUMN_MULTIPLE for i in range(parts))
 
 
+def largest_units(
+    option: ShardingOption, rows: int, world_size: int, host_size: int
+) -> tuple[tuple[Unit, int], ...]:
+    """The distinct units of an option with their number, each with its largest block only.
+
+    Enough to price an option, at a cost that does not grow with the ranks: :func:`units` makes a block a
+    rank. Equal column widths are adjacent, so the order is that of :func:`units`.
+    """
+    ranks = 1
+    if option.sharding_type in ROW_SPLIT:
+        ranks = world_size if option.scope == "all" else host_size
+    made: list[tuple[Unit, int]] = []
+    for width in dict.fromkeys(option.widths):
+        block = Block(0, 0, -(-rows // ranks), width)
+        made.append((Unit(option.scope, (block,)), option.widths.count(width)))
+    return tuple(made)
+
+
 def units(option: ShardingOption, rows: int, world_size: int, host_size: int) -> tuple[Unit, ...]:
     """The units an option makes of a table with ``rows`` rows, in column order."""
     made = []

@@ -33,7 +33,7 @@ from itertools import pairwise
 
 from ir.errors import IRError
 from ir.ops import OP_KINDS, Op
-from ir.plan import Certificate, RankMemory, Shard, TablePlan, Timeline
+from ir.plan import EVERY_RANK, Certificate, RankMemory, Shard, TablePlan, Timeline
 from ir.program import Model, Program
 from ir.sharding import COLUMN_MULTIPLE, COLUMN_SPLIT, row_blocks
 from ir.topology import Topology
@@ -127,12 +127,12 @@ def _sharding(plan: TablePlan, topology: Topology) -> Iterator[str]:
     if not plan.shards:
         yield f"{what} has no shards"
         return
+    if plan.sharding_type == "data_parallel":
+        yield from _copies(plan, what)
+        return
     ranks = [shard.rank for shard in plan.shards]
     if min(ranks) < 0 or max(ranks) >= topology.world_size:
         yield f"{what} has shards on ranks {min(ranks)}..{max(ranks)} of {topology.world_size}"
-        return
-    if plan.sharding_type == "data_parallel":
-        yield from _copies(plan, what, topology.world_size)
         return
     blocks: dict[tuple[int, int], Sequence[Shard]] = _by_columns(plan.shards)
     yield from _columns(plan, what, sorted(blocks))
@@ -154,9 +154,9 @@ def _by_columns(shards: Sequence[Shard]) -> dict[tuple[int, int], Sequence[Shard
     return dict(blocks)
 
 
-def _copies(plan: TablePlan, what: str, world: int) -> Iterator[str]:
-    if sorted(shard.rank for shard in plan.shards) != list(range(world)):
-        yield f"{what} is not on every one of {world} ranks exactly once"
+def _copies(plan: TablePlan, what: str) -> Iterator[str]:
+    if [shard.rank for shard in plan.shards] != [EVERY_RANK]:
+        yield f"{what} is not one shard on every rank"
     whole = (0, 0, plan.rows, plan.dim)
     if any((shard.row, shard.col, shard.rows, shard.cols) != whole for shard in plan.shards):
         yield f"{what} has a copy that is not the whole table"

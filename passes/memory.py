@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cost_models.memory import dense_memory
-
 from cost_models.placed import rank_memory
 from ir.plan import RankMemory
 from ir.program import Program
-from passes.sharding import memory_limit
+from passes.sharding_prices import memory_limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,6 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from cost_models.calibration import Calibration
-
     from ir.constraints import Constraints, TableConstraint
     from ir.errors import InfeasibleError, InputError, IRError, PlannerError, TraceError
     from ir.topology import Topology

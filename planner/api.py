@@ -13,7 +13,7 @@ import ir.plan
 from ir.constraints import Constraints
 from ir.errors import InputError
 from ir.plan import ModelSummary
-from ir.program import Mode, Model, Options, Program
+from ir.program import Mode, Model, Objective, Options, Program
 from ir.reading import read_text
 from ir.topology import Topology
 from ir.workload import Workload
@@ -71,6 +71,7 @@ def compile(
     calibration: Calibration | str | Path | None = None,
     time_limit: float = 30.0,
     seed: int = 0,
+    objective: Objective = "phases",
     name: str | None = None,
     example_inputs: tuple[Any, ...] | None = None,
     observers: Sequence[Observer] = (),
@@ -90,6 +91,8 @@ def compile(
             that lies beside the topology's, else the constants of the device kind.
         time_limit: limit on deterministic solver work, about seconds; also a wall-clock safety net.
         seed: of the solver's search.
+        objective: what sharding minimises: "phases", the embedding time of the modelled step, or
+            "bottleneck", the slowest rank's total (see :mod:`passes.sharding`).
         name: of the model in the plan; default the zoo name or the class name.
         example_inputs: for modules whose inputs cannot be inferred.
         observers: called after each pass, see :mod:`passes.pipeline`.
@@ -103,6 +106,8 @@ def compile(
 
     if mode not in ("train", "inference"):
         raise InputError(f"mode must be 'train' or 'inference', not {mode!r}")
+    if objective not in ("phases", "bottleneck"):
+        raise InputError(f"objective must be 'phases' or 'bottleneck', not {objective!r}")
     if not (math.isfinite(time_limit) and time_limit > 0):
         raise InputError(f"time_limit must be a positive number of seconds, not {time_limit!r}")
     machine = _machine(topology)
@@ -112,7 +117,7 @@ def compile(
         model=captured,
         topology=machine,
         workload=work,
-        options=Options(mode, constraints or Constraints(), time_limit, seed),
+        options=Options(mode, constraints or Constraints(), time_limit, seed, objective),
         warnings=notes,
     )
     if passes is None:
@@ -228,6 +233,7 @@ def _plan(program: Program, source: str) -> Plan:
         provenance={
             **{f"version.{package}": version for package, version in versions().items()},
             **({"model": source} if source else {}),
+            "objective": program.options.objective,
             "seed": str(program.options.seed),
             "time_limit": repr(program.options.time_limit),
             "digest.model": model.digest,

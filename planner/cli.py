@@ -87,6 +87,13 @@ def cli() -> None:
     "--calibration", type=click.Path(), help="Constants from planner calibrate; default beside the topology."
 )
 @click.option("--mode", type=click.Choice(["train", "inference"]), default="train", show_default=True)
+@click.option(
+    "--objective",
+    type=click.Choice(["phases", "bottleneck"]),
+    default="phases",
+    show_default=True,
+    help="Minimise the modelled embedding time, or the slowest rank's total.",
+)
 @click.option("--batch", type=int, help="Global batch, instead of the workload's.")
 @click.option("--time-limit", type=float, default=30.0, show_default=True, help="Solver work, about seconds.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -104,6 +111,7 @@ def compile(
     constraints: str | None,
     calibration: str | None,
     mode: Any,
+    objective: Any,
     batch: int | None,
     time_limit: float,
     seed: int,
@@ -131,6 +139,7 @@ def compile(
         topology,
         work,
         mode=mode,
+        objective=objective,
         calibration=calibration,
         constraints=_read_constraints(constraints),
         time_limit=time_limit,
@@ -237,7 +246,7 @@ def explain(plan: str, table: str | None, rank: int | None, show_all: bool, as_j
         body = explain_rank(loaded, rank)
         data = {
             **dump_record(loaded.memory[rank]),
-            "tables": [t.name for t in loaded.table_plans if any(s.rank == rank for s in t.shards)],
+            "tables": [t.name for t in loaded.table_plans if t.on_rank(rank)],
         }
     else:
         body = explain_plan(loaded, limit=10**9 if show_all else 20)
@@ -409,7 +418,6 @@ def topologies(name: str | None, as_json: bool) -> None:
 def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
     """Write what runs the plan: for torchrec, a training script for torchrun."""
     from codegen.script import emit_torchrec
-
     from ir.plan import write_atomically
 
     loaded = _load(plan)

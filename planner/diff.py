@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ir.plan import Plan, TablePlan
+from ir.plan import Plan, Shard, TablePlan
 from ir.units import format_bytes, format_seconds
 from planner.render import grid
 
@@ -60,7 +60,7 @@ def diff_plans(before: Plan, after: Plan) -> PlanDiff:
         if old is not None and new is not None and (old.option, old.shards) == (new.option, new.shards):
             unchanged += 1
             continue
-        moved = moved_bytes(old, new) if new is not None else 0
+        moved = moved_bytes(old, new, after.world_size) if new is not None else 0
         changes.append(TableChange(name, old.option if old else "", new.option if new else "", moved))
     return PlanDiff(
         step=(before.timeline.step, after.timeline.step),
@@ -73,19 +73,21 @@ def diff_plans(before: Plan, after: Plan) -> PlanDiff:
     )
 
 
-def moved_bytes(old: TablePlan | None, new: TablePlan) -> int:
-    """Bytes of weights that a rank holds under ``new`` and did not hold under ``old`` (fp32)."""
-    held = [(s.rank, s.row, s.row + s.rows, s.col, s.col + s.cols) for s in old.shards] if old else []
+def moved_bytes(old: TablePlan | None, new: TablePlan, world_size: int) -> int:
+    """Bytes of weights that ranks of a world hold under ``new`` and did not hold under ``old`` (fp32)."""
     moved = 0
-    for shard in new.shards:
-        kept = 0
-        for rank, top, bottom, left, right in held:
-            if rank == shard.rank:
-                height = min(bottom, shard.row + shard.rows) - max(top, shard.row)
-                width = min(right, shard.col + shard.cols) - max(left, shard.col)
-                kept += max(0, height) * max(0, width)
-        moved += shard.rows * shard.cols - kept
+    for rank in new.ranks(world_size):
+        for shard in new.on_rank(rank):
+            held = sum(_common(shard, other) for other in old.on_rank(rank)) if old is not None else 0
+            moved += shard.rows * shard.cols - held
     return moved * 4
+
+
+def _common(one: Shard, other: Shard) -> int:
+    """Weights that two blocks of a table share."""
+    height = min(one.row + one.rows, other.row + other.rows) - max(one.row, other.row)
+    width = min(one.col + one.cols, other.col + other.cols) - max(one.col, other.col)
+    return max(0, height) * max(0, width)
 
 
 def render_diff(diff: PlanDiff, limit: int = 20) -> RenderableType:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ir.errors import InputError, did_you_mean
-from ir.plan import Plan, Shard, TablePlan
+from ir.plan import Plan, TablePlan
 from ir.units import format_bytes, format_count, format_seconds
 from planner.render import grid, percent, signed, summary, table_list
 
@@ -39,10 +39,9 @@ def _assumptions(plan: Plan) -> RenderableType:
     return table
 
 
-def _places(shards: tuple[Shard, ...]) -> str:
-    """``"ranks 0-7"`` or ``"rank 3, 5, 9 and 4 more"``."""
-    ranks = sorted({shard.rank for shard in shards})
-    if len(ranks) > 1 and ranks == list(range(ranks[0], ranks[-1] + 1)):
+def _places(ranks: tuple[int, ...]) -> str:
+    """``"ranks 0-7"`` or ``"ranks 3, 5, 9 and 4 more"``."""
+    if len(ranks) > 1 and ranks == tuple(range(ranks[0], ranks[-1] + 1)):
         return f"ranks {ranks[0]}-{ranks[-1]}"
     shown = ", ".join(map(str, ranks[:8]))
     more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
@@ -56,7 +55,7 @@ def explain_table(plan: Plan, name: str) -> RenderableType:
     head = (
         f"{name}: {format_count(table.rows)} rows x {table.dim} {table.dtype}"
         + (f", pooling factor {stats.pooling_factor:g}" if stats else "")
-        + f" -> {table.option} on {_places(table.shards)}"
+        + f" -> {table.option} on {_places(table.ranks(plan.world_size))}"
     )
     up = table.runner_up
     costs = grid("term", ">chosen", *([f">{up.option}"] if up else []))
@@ -96,14 +95,13 @@ def explain_rank(plan: Plan, rank: int) -> RenderableType:
         uses.add_row(purpose, format_bytes(size))
     shards = grid("table", "option", ">rows", ">from row", ">cols", ">from col")
     for table in plan.table_plans:
-        for shard in table.shards:
-            if shard.rank == rank:
-                shards.add_row(
-                    table.name,
-                    table.option,
-                    f"{shard.rows:,}",
-                    f"{shard.row:,}",
-                    str(shard.cols),
-                    str(shard.col),
-                )
+        for shard in table.on_rank(rank):
+            shards.add_row(
+                table.name,
+                table.option,
+                f"{shard.rows:,}",
+                f"{shard.row:,}",
+                str(shard.cols),
+                str(shard.col),
+            )
     return Group(Text(head, style="bold"), Text(), uses, Text(), shards)

@@ -158,7 +158,7 @@ def table_list(plan: ir.plan.Plan, names: Sequence[str] | None = None, limit: in
             format_count(t.rows),
             str(t.dim),
             t.option,
-            str(len({shard.rank for shard in t.shards})),
+            str(len(t.ranks(plan.world_size))),
             format_bytes(sum(t.memory.values())),
             format_seconds(sum(t.terms.values())),
             up.option if up else "-",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ir.ops import EmbeddingTable
-from ir.plan import FORMAT_VERSION, Plan, Shard, TablePlan
+from ir.plan import EVERY_RANK, FORMAT_VERSION, Plan, Shard, TablePlan
 from ir.units import format_bytes
 
 _WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -77,6 +77,12 @@ def _tables(plan: Plan) -> Iterator[str]:
 def _ranks(plan: Plan) -> Iterator[str]:
     world = plan.world_size
     for table in plan.table_plans:
+        copied = table.sharding_type == "data_parallel"
+        for shard in table.shards:
+            if (shard.rank == EVERY_RANK) != copied:
+                where = "every rank" if shard.rank == EVERY_RANK else f"rank {shard.rank} alone"
+                yield f"table {table.name!r} is {table.sharding_type} but has a shard on {where}"
+                break
         bad = [shard.rank for shard in table.shards if shard.rank >= world]
         if bad:
             yield f"table {table.name!r} has a shard on rank {bad[0]}; the topology has {world} ranks"
@@ -85,18 +91,11 @@ def _ranks(plan: Plan) -> Iterator[str]:
 
 
 def _coverage(plan: Plan) -> Iterator[str]:
-    """Each row and column exactly once; data-parallel: exactly once on every rank."""
+    """Each row and column exactly once; the one shard of a copied table stands for a copy on every rank."""
     for table in plan.table_plans:
-        if table.sharding_type == "data_parallel":
-            groups = [[s for s in table.shards if s.rank == rank] for rank in range(plan.world_size)]
-        else:
-            groups = [list(table.shards)]
-        for rank, shards in enumerate(groups):
-            where = f" on rank {rank}" if len(groups) > 1 else ""
-            fault = _tiling_fault(table, shards)
-            if fault:
-                yield f"table {table.name!r}{where}: {fault}"
-                break
+        fault = _tiling_fault(table, list(table.shards))
+        if fault:
+            yield f"table {table.name!r}: {fault}"
 
 
 def _tiling_fault(table: TablePlan, shards: list[Shard]) -> str:
@@ -135,7 +134,7 @@ def _geometry_fault(plan: Plan, table: TablePlan) -> str:
         return "a column block is not a multiple of 4 wide"
     if kind in ("data_parallel", "table_wise", "row_wise", "table_row_wise") and len(columns) > 1:
         return "columns are split"
-    if kind == "table_wise" and len(shards) != 1:
+    if kind in ("data_parallel", "table_wise") and len(shards) != 1:
         return f"{len(shards)} shards where one is meant"
     if kind in ("column_wise", "table_column_wise") and any(s.rows != table.rows for s in shards):
         return "rows are split"
@@ -182,7 +181,9 @@ def _memory(plan: Plan) -> Iterator[str]:
     for table in plan.table_plans:
         weight = _WEIGHT_BYTES.get(table.dtype, 4)
         for shard in table.shards:
-            needed[shard.rank] += shard.rows * (shard.cols * (weight + state_element) + state_row)
+            size = shard.rows * (shard.cols * (weight + state_element) + state_row)
+            for rank in range(plan.world_size) if shard.rank == EVERY_RANK else (shard.rank,):
+                needed[rank] += size
     capacity = plan.constraints.memory_limit or plan.topology.device.tiers[0].capacity
     usable = int(capacity * (1 - plan.constraints.memory_reserve))
     for entry in plan.memory:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ir.constraints import Constraints, ShardingType
-from ir.plan import Certificate, ModelSummary, Plan, RankMemory, Shard, TablePlan, Timeline
+from ir.plan import EVERY_RANK, Certificate, ModelSummary, Plan, RankMemory, Shard, TablePlan, Timeline
 from ir.sharding import ShardingOption, even_widths, units
 from ir.topology import Device, Level, Link, MemoryTier, Topology
 from ir.torchrec_rules import kernel_for
@@ -58,7 +58,7 @@ def table_plan(table: Table, decision: Decision, hosts: int, host_size: int) -> 
     shards: list[Shard] = []
     for index, unit in enumerate(units(option, table.rows, world, host_size)):
         if kind == "data_parallel":
-            shards += [Shard(rank, 0, 0, table.rows, table.dim) for rank in range(world)]
+            shards.append(Shard(EVERY_RANK, 0, 0, table.rows, table.dim))
             continue
         first = {"rank": 1, "host": host_size, "all": 0}[unit.scope] * (
             decision.places[index] if unit.scope != "all" else 0

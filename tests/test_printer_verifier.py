@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from ir.constraints import ShardingType
 from ir.errors import IRError
 from ir.ops import EmbeddingTable, Op
-from ir.plan import Alternative, Assumption, Certificate, Event, RankMemory, Shard, TablePlan, Timeline
+from ir.plan import (
+    EVERY_RANK,
+    Alternative,
+    Assumption,
+    Certificate,
+    Event,
+    RankMemory,
+    Shard,
+    TablePlan,
+    Timeline,
+)
 from ir.printer import print_program
 from ir.program import Model, Options, Program
 from ir.sharding import ShardingOption, even_widths, units
@@ -39,7 +49,7 @@ def shards(
     made: list[Shard] = []
     for index, unit in enumerate(units(ShardingOption(kind, widths), rows, world, host)):
         if kind == "data_parallel":
-            made += [Shard(rank, 0, 0, rows, widths[0]) for rank in range(world)]
+            made.append(Shard(EVERY_RANK, 0, 0, rows, widths[0]))
             continue
         first = {"rank": index, "host": (index * host) % world, "all": 0}[unit.scope]
         made += [Shard(first + i, b.row, b.col, b.rows, b.cols) for i, b in enumerate(unit.blocks)]
@@ -236,9 +246,10 @@ FAULTS: dict[str, tuple[Callable[[Program], Program], str]] = {
     "other type": (table("tw", dtype="fp16"), "is decided as 103 x 64 fp16"),
     "no shards": (table("tw", shards=()), "has no shards"),
     "rank out of range": (table("tw", shards=shard(0, rank=WORLD)), "on ranks 8..8 of 8"),
-    "copy missing": (table("dp", shards=drop(3)), "not on every one of 8 ranks"),
-    "copy twice": (table("dp", shards=shard(3, rank=2)), "not on every one of 8 ranks"),
-    "part of a copy": (table("dp", shards=shard(3, rows=50)), "a copy that is not the whole table"),
+    "copy missing": (table("dp", shards=()), "has no shards"),
+    "copy on one rank": (table("dp", shards=shard(0, rank=2)), "is not one shard on every rank"),
+    "part of a copy": (table("dp", shards=shard(0, rows=50)), "a copy that is not the whole table"),
+    "copy of a table in one place": (table("tw", shards=shard(0, rank=-1)), "on ranks -1..-1 of 8"),
     "fused copies": (table("dp", compute_kernel="fused"), "kernel 'fused'"),
     "column block missing": (table("cw", shards=drop(1)), "columns 16..32 are not covered exactly once"),
     "last column block missing": (table("cw", shards=drop(3)), "end at column 48 of 64"),

@@ -20,7 +20,7 @@ from ir.ops import EmbeddingTable
 from ir.program import Model, Options, Program
 from ir.reading import dump_record
 from ir.workload import FeatureStats, Workload
-from passes.sharding import price_options
+from passes.sharding_prices import price_options
 from planner.calibrate import calibration_path
 from planner.verification import verify
 from tests.conftest import small_model
@@ -34,10 +34,11 @@ def exhaustive_optimum(program: Program) -> float:
     for table in program.model.tables:
         loads = []  # each entry: phases x ranks
         for priced in price_options(program, table, calibration):
-            places = [range(topology.world_size) if u.unit.scope == "rank" else (None,) for u in priced.units]
+            whole = [unit for unit in priced.units for _ in range(unit.count)]
+            places = [range(topology.world_size) if u.unit.scope == "rank" else (None,) for u in whole]
             for placing in itertools.product(*places):
                 load = np.zeros((len(PHASES), topology.world_size))
-                for unit, place in zip(priced.units, placing, strict=True):
+                for unit, place in zip(whole, placing, strict=True):
                     column = np.array([unit.seconds[p] for p in PHASES])
                     if place is None:
                         load += column[:, None]

@@ -61,9 +61,19 @@ def test_a_shard_outside_the_table(plan: Plan) -> None:
     assert "outside" in faults(broken, "coverage")
 
 
-def test_a_missing_copy(plan: Plan) -> None:
-    broken = change(plan, "t4", shards=plan.tables["t4"].shards[:-1])
-    assert "on rank 7" in faults(broken, "coverage")
+def test_a_copy_on_one_rank_only(plan: Plan) -> None:
+    broken = change(plan, "t4", shards=shift(plan.tables["t4"], 0, rank=7))
+    assert "is data_parallel but has a shard on rank 7 alone" in faults(broken, "ranks")
+
+
+def test_a_copy_that_is_not_whole(plan: Plan) -> None:
+    broken = change(plan, "t4", shards=shift(plan.tables["t4"], 0, rows=5))
+    assert "are on no rank" in faults(broken, "coverage")
+
+
+def test_one_place_claimed_everywhere(plan: Plan) -> None:
+    broken = change(plan, "t2", shards=shift(plan.tables["t2"], 0, rank=-1))
+    assert "is table_wise but has a shard on every rank" in faults(broken, "ranks")
 
 
 def test_row_blocks_on_swapped_ranks(plan: Plan) -> None:

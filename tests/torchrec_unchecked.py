@@ -21,7 +21,7 @@ def wrapped(module: nn.Module, plan: Plan, path: str | None = None) -> nn.Module
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
     _apply_optimizer_in_backward(torch.optim.SGD, list(module.ebc.parameters()), {"lr": 0.1})
-    decided = sharding_plan(plan.table_plans, collections_of(module), plan.topology.host_size, "cpu")
+    decided = sharding_plan(plan, collections_of(module), "cpu")
     if path is not None:
         decided.plan = {path: decided.plan["ebc"]}
     return DistributedModelParallel(module, plan=decided, sharders=[EmbeddingBagCollectionSharder()])

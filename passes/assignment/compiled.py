@@ -53,7 +53,8 @@ class Compiled:
     share: Floats  # (N, K)
     total_share: Floats  # (N,)
     mean_memory: Floats  # (N,)
-    biggest: Floats  # (N, K): largest piece plus the option's own fixed load
+    everywhere: Floats  # (N, K): load that the option puts on every rank
+    biggest: Floats  # (N, K): largest piece plus ``everywhere``
     total_biggest: Floats  # (N,)
     peak_memory: Floats  # (N,): bytes some rank needs for this option alone
     usable: NDArray[np.bool_]  # (N,): not dominated and fits an empty machine
@@ -155,8 +156,8 @@ def compile_problem(problem: Problem) -> Compiled:
 
 def _arrays(problem: Problem, choices: tuple[tuple[Choice, ...], ...], usable: list[bool]) -> Compiled:
     ranks, hosts, phases = problem.ranks, problem.hosts, len(problem.phases)
-    rows: dict[int, list[tuple[list[float], float, list[float], float]]] = {}
-    share, memory, biggest, peak, table = [], [], [], [], []
+    rows: dict[int, list[tuple[list[float], float, list[float], list[float], float]]] = {}
+    share, memory, fixed, biggest, peak, table = [], [], [], [], [], []
     for t, options in enumerate(choices):
         key = id(options)
         if key not in rows:
@@ -166,8 +167,9 @@ def _arrays(problem: Problem, choices: tuple[tuple[Choice, ...], ...], usable: l
         for row in rows[key]:
             share.append(row[0])
             memory.append(row[1])
-            biggest.append(row[2])
-            peak.append(row[3])
+            fixed.append(row[2])
+            biggest.append(row[3])
+            peak.append(row[4])
         table += [t] * len(options)
     counts = np.array([len(options) for options in choices], dtype=np.int64)
     shares = np.array(share).reshape(-1, phases)
@@ -180,6 +182,7 @@ def _arrays(problem: Problem, choices: tuple[tuple[Choice, ...], ...], usable: l
         share=shares,
         total_share=shares.sum(axis=1),
         mean_memory=np.array(memory),
+        everywhere=np.array(fixed).reshape(-1, phases),
         biggest=largest,
         total_biggest=np.array(
             [max((g.load for g in c.groups), default=0.0) + c.fixed for options in choices for c in options]
@@ -191,7 +194,7 @@ def _arrays(problem: Problem, choices: tuple[tuple[Choice, ...], ...], usable: l
 
 def _row(
     choice: Choice, option: Option, ranks: int, hosts: int, phases: int
-) -> tuple[list[float], float, list[float], float]:
+) -> tuple[list[float], float, list[float], list[float], float]:
     fixed = [sum(p.load[k] * p.count for p in option.pieces if p.scope == "all") for k in range(phases)]
     share, largest = list(fixed), [0.0] * phases
     memory = choice.fixed_memory
@@ -202,4 +205,4 @@ def _row(
             share[k] += part * group.phases[k]
             largest[k] = max(largest[k], group.phases[k])
     peak = choice.fixed_memory + max((g.memory for g in choice.groups), default=0.0)
-    return share, memory, [a + b for a, b in zip(fixed, largest, strict=True)], peak
+    return share, memory, fixed, [a + b for a, b in zip(fixed, largest, strict=True)], peak

@@ -13,7 +13,7 @@ from passes.assignment.compiled import HOST, Compiled, compile_problem
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Problem, Solution, evaluate
 from passes.assignment.relaxation import average_bound
-from passes.assignment.starts import relaxed_choices, threshold_choice, uniform_choices
+from passes.assignment.starts import relaxed_choices, roomy_choices, threshold_choice, uniform_choices
 from passes.assignment.target_search import Incumbent, TargetSearch
 
 Effort = Literal["quick", "normal", "thorough"]
@@ -57,6 +57,8 @@ def solve(
     starts = relaxed_choices(compiled, bound)
     starts += uniform_choices(compiled, starts[0])
     several = len(problem.phases) > 1
+    if not several:
+        starts += [choice for choice in roomy_choices(compiled, bound) if choice not in starts]
     thresholds = threshold_choice(compiled) if several else None
     if thresholds is not None:
         starts.insert(0, thresholds)

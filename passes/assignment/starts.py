@@ -13,6 +13,7 @@ from passes.assignment.relaxation import piece_floor, relax
 
 # Pieces up to these multiples of the bound: small ones pack better, large ones cost less.
 LIMITS = (1.0, 1.05, 1.15, 1.4, 0.7, 0.5, 0.35, 0.2, 0.1)
+ROOM = (0.0, 0.002, 0.01)  # excess over the bound at which a piece may stand beside the fixed load
 COMMON = 0.9  # an option label that this share of the tables has makes a uniform plan
 
 
@@ -24,6 +25,28 @@ def relaxed_choices(compiled: Compiled, bound: float) -> list[list[int]]:
     for limit in LIMITS:
         allowed = compiled.usable & (floor <= np.maximum(limit * bound, least)[compiled.table] * (1 + 1e-9))
         choice = list(map(int, relax(compiled, allowed).choice - compiled.start[:-1]))
+        if choice not in made:
+            made.append(choice)
+    return made
+
+
+def roomy_choices(compiled: Compiled, bound: float) -> list[list[int]]:
+    """Least-average choices whose largest piece fits beside what the choice puts on every rank.
+
+    The bound looks at pieces alone, so the choice that attains it may hold a piece that no rank has
+    room for. The fixed load is taken from the choice before, a few times over.
+    """
+    fixed = compiled.everywhere.sum(axis=1)
+    piece = compiled.total_biggest - fixed
+    made: list[list[int]] = []
+    for excess in ROOM:
+        chosen = relax(compiled, compiled.usable).choice
+        for _ in range(3):
+            room = bound * (1 + excess) - float(fixed[chosen].sum())
+            least = np.minimum.reduceat(np.where(compiled.usable, piece, np.inf), compiled.start[:-1])
+            allowed = compiled.usable & (piece <= np.maximum(room, least)[compiled.table])
+            chosen = relax(compiled, allowed).choice
+        choice = [int(j) for j in chosen - compiled.start[:-1]]
         if choice not in made:
             made.append(choice)
     return made
@@ -61,6 +84,8 @@ def threshold_choice(compiled: Compiled, sweeps: int = 3, levels: int = 10) -> l
         before = best[0]
         for p in range(phases):
             _, _, peak, average = best
+            if peak[p] <= 0:
+                continue
             low = max(float(average[p]), 1e-3 * float(peak[p]))
             for threshold in np.geomspace(low, max(float(peak[p]), low), levels)[:-1]:
                 trial = limits.copy()
@@ -79,6 +104,7 @@ def _estimate(compiled: Compiled, limits: Floats) -> tuple[float, NDArray[np.int
     relaxed = relax(compiled, allowed)
     if not np.isfinite(relaxed.value):
         return None
-    peak = compiled.biggest[relaxed.choice].max(axis=0)
+    fixed = compiled.everywhere[relaxed.choice]
+    peak = (compiled.biggest[relaxed.choice] - fixed).max(axis=0) + fixed.sum(axis=0)
     average = compiled.share[relaxed.choice].sum(axis=0)
     return float(np.maximum(peak, average).sum()), relaxed.choice, peak, average
