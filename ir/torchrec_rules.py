@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ir.sharding import COLUMN_MULTIPLE, COLUMN_SPLIT, ROW_SPLIT, ShardingOption, row_blocks
+from ir.sharding import COLUMN_MULTIPLE, COLUMN_SPLIT, ROW_SPLIT, ShardingOption
 
 Kernel = Literal["dense", "fused"]
 
@@ -26,7 +26,8 @@ def kernel_for(option: ShardingOption) -> Kernel:
 
 def empty_row_shards(rows: int, ranks: int) -> int:
     """How many of the ranks that share ``rows`` rows receive none."""
-    return sum(count == 0 for _, count in row_blocks(rows, ranks))
+    each = -(-rows // ranks)  # as ir.sharding.row_blocks splits them
+    return ranks - -(-rows // each)
 
 
 def torchrec_supported(
