@@ -108,7 +108,11 @@ def _allowance(compiled: Compiled, effort: Effort) -> float:
         return float("inf")
     pieces = 4.0 * compiled.tables
     packing = (1e-6 * pieces + 2e-5) * (SEVERAL if len(compiled.problem.phases) > 1 else 1.0)
-    return packing * (min(max(20 * compiled.problem.ranks, 320), 1500) if effort == "quick" else 4000)
+    if effort == "normal":
+        return packing * 4000
+    # a few dozen tables settle in a few hundred packings, a hundred and more do not
+    few = min(max(20 * compiled.problem.ranks, 320), 1500)
+    return packing * (few if compiled.tables <= 40 else 4000)
 
 
 def _objective(compiled: Compiled) -> Callable[[Sequence[int], list[list[int]]], float] | None:

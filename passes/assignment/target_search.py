@@ -26,6 +26,7 @@ SPREAD = 0.02  # options cost this fraction of the bound more per factor e of be
 EXPLORE = 0.15  # chance of drawing evenly among options within REACH; tuned likewise
 REACH = 0.15  # of the bound
 PAIR = 0.4  # share of moves that change two tables
+CLASS = 0.15  # share of moves that give many tables of equal options the same one
 REORDER = 0.1  # share of moves that change the packing order
 NEAR = 1.005  # with several phases, packings within this factor of the best are evaluated in full
 STARTS = 3  # starting choices that are packed in every order
@@ -76,6 +77,7 @@ class TargetSearch:
         self.floor = piece_floor(compiled)
         self.weights: list[list[float]] = []
         self.free: list[int] = []
+        self.twins: list[list[int]] = []  # tables with the same options, where there is more than one
 
     def _weigh(self) -> None:
         """Chances of the options of each table, without those that cannot be in a better solution."""
@@ -95,6 +97,10 @@ class TargetSearch:
             chance = (1 - EXPLORE) * chance / chance.sum() + EXPLORE * near / near.sum()
             self.weights.append(list(np.cumsum(chance)))
         self.free = [t for t, row in enumerate(self.weights) if not _settled(row)]
+        classes: dict[int, list[int]] = {}
+        for t in self.free:
+            classes.setdefault(id(compiled.choices[t]), []).append(t)  # compile_problem shares equal ones
+        self.twins = [members for members in classes.values() if len(members) > 1]
 
     def pack(self, choice: Sequence[int], target: float, order: int) -> Packed:
         """Pack, pay for it, and remember a feasible result that beats the incumbent."""
@@ -185,6 +191,13 @@ class TargetSearch:
 
     def _neighbour(self, choice: list[int]) -> list[int]:
         new = list(choice)
+        if self.twins and self.random.random() < CLASS:
+            twins = self.twins[int(self.random.random() * len(self.twins))]
+            j = _draw(self.weights[twins[0]], self.random.random())
+            count = 1 + int(self.random.random() * len(twins))
+            for t in twins[:count]:
+                new[t] = j
+            return new
         for _ in range(2 if self.random.random() < PAIR else 1):
             t = self.free[int(self.random.random() * len(self.free))]
             row = self.weights[t]
