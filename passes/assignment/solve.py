@@ -24,6 +24,7 @@ WHOLE_TABLES = 64  # tables up to which it is computed with whole options
 PHASE_TABLES = 3000  # tables up to which the linear program is solved (seconds at most)
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
+FAR = 0.15  # relative gap above which a quick search goes on as a normal one
 OPTIMAL = 1e-6  # relative gap below which a solution is called optimal
 
 
@@ -51,12 +52,28 @@ def solve(
     """
     compiled = compile_problem(problem)
     infeasible.check(compiled)
-    budget = Budget(min(time_limit, _allowance(compiled, effort)))
     bound, relaxed = average_bound(compiled)
-    search = TargetSearch(compiled, bound, relaxed.price, budget, seed, _objective(compiled))
+    best, work = Incumbent(), 0.0
+    for allowed in ("quick", "normal") if effort == "quick" else (effort,):
+        budget = Budget(min(time_limit, _allowance(compiled, allowed)))
+        found = _search(compiled, bound, relaxed.price, budget, seed, stop_gap)
+        best, work = min(found, best, key=lambda known: known.value), work + budget.work
+        if best.value <= bound * (1 + FAR):
+            break  # else a quick search that ends far from the bound has most likely missed something
+    if not best.choice:
+        raise infeasible.give_up(compiled)
+    bound, method = _tighten(compiled, bound, best.value, effort)
+    return finish(problem, best, bound, method, work)
+
+
+def _search(
+    compiled: Compiled, bound: float, price: float, budget: Budget, seed: int, stop_gap: float
+) -> Incumbent:
+    """Starts, walks over the choices, then polishing of the placement, within a budget."""
+    search = TargetSearch(compiled, bound, price, budget, seed, _objective(compiled))
     starts = relaxed_choices(compiled, bound)
     starts += uniform_choices(compiled, starts[0])
-    several = len(problem.phases) > 1
+    several = len(compiled.problem.phases) > 1
     if not several:
         starts += [choice for choice in roomy_choices(compiled, bound) if choice not in starts]
     thresholds = threshold_choice(compiled) if several else None
@@ -65,12 +82,10 @@ def solve(
     search.budget = budget.slice(PACKING_SHARE if several else 1.0 - POLISH_SHARE)
     search.walks(search.start(starts), stop_gap)
     budget.spend(search.budget.work)
-    if not search.best.choice:
-        raise infeasible.give_up(compiled)
-    if not budget.spent() and search.best.value > bound * (1 + max(stop_gap, OPTIMAL)):
-        Polisher(compiled, bound, budget, seed).run(search.best, stop_gap)
-    bound, method = _tighten(compiled, bound, search.best.value, effort)
-    return finish(problem, search.best, bound, method, budget.work)
+    best = search.best
+    if best.choice and not budget.spent() and best.value > bound * (1 + max(stop_gap, OPTIMAL)):
+        Polisher(compiled, bound, budget, seed).run(best, stop_gap)
+    return best
 
 
 def _tighten(compiled: Compiled, bound: float, value: float, effort: Effort) -> tuple[float, str]:
