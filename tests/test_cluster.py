@@ -153,17 +153,28 @@ def received(cluster: Cluster, sources: list[int], target: int, size: int) -> fl
     return rate
 
 
+def fastest(cluster: Cluster, senders: list[int], receiver: int, size: int, enough: float) -> float:
+    """The best of a few transfers: a busy machine makes a shaped link slower, nothing makes it faster."""
+    best = 0.0
+    for _ in range(4):
+        best = max(best, received(cluster, senders, receiver, size))
+        if best >= enough:
+            break
+    return best
+
+
 @pytest.mark.usefixtures("emulation")
 @pytest.mark.parametrize(("speed", "set_rate"), [("80Mbps", 10e6), ("400Mbps", 50e6)])
 def test_links_carry_what_they_are_set_to(speed: str, set_rate: float) -> None:
     with Cluster(3, 1, speed) as cluster:
         size = int(set_rate * 0.6)
-        between = received(cluster, [0], 1, size)
+        between = fastest(cluster, [0], 1, size, 0.9 * set_rate)
         assert between == pytest.approx(set_rate, rel=0.12)
         # two senders share the receiver's card
-        assert received(cluster, [0, 2], 1, size // 2) == pytest.approx(set_rate, rel=0.12)
+        shared = fastest(cluster, [0, 2], 1, size // 2, 0.9 * set_rate)
+        assert shared == pytest.approx(set_rate, rel=0.12)
         # the inside of a host is not shaped
-        assert received(cluster, [0], 0, 64 * 2**20) > 4 * between
+        assert fastest(cluster, [0], 0, 64 * 2**20, 4 * between) > 4 * between
         assert cluster.network.drops() == 0
 
 
