@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -39,6 +40,7 @@ def calibrate(
     from planner.calibrate import under_torchrun
 
     try:
+        _check_output(output)
         if under_torchrun():
             if ranks is not None:
                 raise InputError("torchrun has started the ranks already; leave --ranks out")
@@ -49,6 +51,17 @@ def calibrate(
         from planner.cli import fail
 
         fail(error, as_json)
+
+
+def _check_output(output: str) -> None:
+    """Refuse a path that could not be written before a minute is spent on measuring."""
+    path = Path(output)
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"the topology file {path} must end in .yaml, or planner.topology cannot find it")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"cannot write {path}: the folder {path.parent} does not exist; make it or choose another"
+        )
 
 
 def _on_cluster(output: str, name: str | None, repeats: int, as_json: bool) -> None:

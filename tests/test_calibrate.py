@@ -227,3 +227,15 @@ def test_the_cluster_has_the_speed_it_was_set_to(tmp_path: Path) -> None:
     # alone, a message has the whole card
     assert beside["link_fits"]["inter"]["bandwidth"] == pytest.approx(card, rel=0.15)
     assert load_calibration(calibration_path(file)).network_efficiency < 1.3
+
+
+def test_a_folder_that_does_not_exist_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object, **__: object) -> None:
+        pytest.fail("measured although the result could not be written")
+
+    monkeypatch.setattr("planner.calibrate.measure_here", measured)
+    done = CliRunner().invoke(calibrate, ["-o", str(tmp_path / "no" / "x.yaml")])
+    assert done.exit_code == 2
+    assert "does not exist" in done.output
