@@ -167,8 +167,7 @@ def _row_split_fault(shards: list[Shard], rows: int, first: int, ranks: int) -> 
 
 def _kernels(plan: Plan) -> Iterator[str]:
     for table in plan.table_plans:
-        wanted = "dense" if table.sharding_type == "data_parallel" else "fused"
-        if table.compute_kernel != wanted and table.sharding_type == "data_parallel":
+        if table.sharding_type == "data_parallel" and table.compute_kernel != "dense":
             yield f"table {table.name!r}: data-parallel tables run with the dense kernel only"
         if table.dtype not in _WEIGHT_BYTES:
             yield f"table {table.name!r}: no training kernel for {table.dtype} tables"
