@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from ir.constraints import Constraints, ShardingType
+from ir.decisions import Decisions
 from ir.errors import InputError
 from ir.reading import STRICT, as_mapping, digest, dump_record, parse_record, read_json
 from ir.topology import Topology
@@ -201,6 +202,7 @@ class Plan:
     memory: tuple[RankMemory, ...]  # by rank
     timeline: Timeline
     certificate: Certificate
+    decisions: Decisions = field(default_factory=Decisions)
     assumptions: tuple[Assumption, ...] = ()
     warnings: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)  # versions, seed, input digests
@@ -218,13 +220,18 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the digest of everything else under ``"digest"``."""
-        data = dump_record(self)
+        data = self._content()
         return {**data, "digest": digest(data)}
+
+    def _content(self) -> dict[str, Any]:
+        data = dump_record(self)
+        data["decisions"] = {name: data["decisions"][name] for name in self.decisions.present()}
+        return data
 
     @property
     def digest(self) -> str:
         """sha256 of the canonical JSON of the plan."""
-        return digest(dump_record(self))
+        return digest(self._content())
 
     def to_json(self) -> str:
         """The text of the plan file: stable key order, one line a table or rank."""

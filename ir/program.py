@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ir.constraints import Constraints
+from ir.decisions import Decisions
 from ir.ops import EmbeddingTable, Op
 from ir.plan import Assumption, Certificate, RankMemory, TablePlan, Timeline
 from ir.reading import digest, dump_record
@@ -77,5 +78,6 @@ class Program:
     certificate: Certificate | None = None
     memory: tuple[RankMemory, ...] | None = None
     timeline: Timeline | None = None
+    decisions: Decisions = field(default_factory=Decisions)
     assumptions: tuple[Assumption, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -228,6 +228,7 @@ def _plan(program: Program, source: str) -> Plan:
         memory=memory,
         timeline=timeline,
         certificate=certificate,
+        decisions=program.decisions,
         assumptions=program.assumptions,
         warnings=program.warnings,
         provenance={

@@ -1,0 +1,25 @@
+"""What passes decide besides sharding: one optional section a subject, each defined in its own file.
+
+A section is a frozen record (pydantic config :data:`ir.reading.STRICT`) in ``ir/<subject>.py``. None means
+that no pass looked at the subject; such sections are left out of the plan file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from pydantic import ConfigDict
+
+from ir.reading import STRICT
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """The sections of a program and of its plan."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    def present(self) -> tuple[str, ...]:
+        """Names of the sections that were decided."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
