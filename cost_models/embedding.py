@@ -102,15 +102,17 @@ def traffic(
     samples = workload.global_batch
     if option.sharding_type == "data_parallel":
         samples = workload.global_batch / topology.world_size  # type: ignore[assignment]
-    ids = outputs = distinct = weights = 0.0
+    ids = outputs = lengths = distinct = weights = 0.0
     for feature in table.features:
-        stats = workload.stats(feature)
-        here = samples * stats.pooling_factor * share
+        stats, repeats = workload.stats(feature), workload.dedup.get(feature, 1.0)
+        carried = samples / repeats  # deduplication drops repeated samples, not distinct rows
+        here = carried * stats.pooling_factor * share
         ids += here
-        outputs += here if table.pooling == "none" else samples
-        distinct += here * stats.unique_fraction
+        outputs += here if table.pooling == "none" else carried
+        lengths += carried
+        distinct += here * min(1.0, stats.unique_fraction * repeats)
         weights += 4.0 * here if stats.weighted or table.weighted else 0.0
-    return Traffic(ids, outputs, samples * len(table.features), min(distinct, rows), weights)
+    return Traffic(ids, outputs, lengths, min(distinct, rows), weights)
 
 
 def _row_bytes(width: int, item: float, granule: int) -> float:

@@ -79,6 +79,9 @@ class Workload:
     optimizer: Optimizer = "adagrad"  # of the embedding tables; element-wise, as MLPerf DLRM-DCNv2 trains
     compute_dtype: ComputeType = "fp32"  # element type of dense GEMMs
     exchange_dtype: ExchangeType = "fp32"  # element type of pooled embeddings and their gradients on the wire
+    # Samples a distinct sample stands for, by feature, where the input is deduplicated before the index
+    # exchange (RecD, MLSys 23); absent: 1. Filled by the dedup pass.
+    dedup: dict[str, Annotated[float, Field(ge=1, le=1e6)]] = field(default_factory=dict)
     origin: str = "defaults"  # "defaults", "file", "measured from N batches"
 
     def stats(self, feature: str) -> FeatureStats:
