@@ -39,6 +39,7 @@ class MemoryTier:
     latency: Seconds = 0.0
     granule: Bytes = 64  # smallest number of bytes one access moves
     iops: Annotated[float, Field(gt=0)] | None = None  # random reads of one granule per second
+    write_iops: Annotated[float, Field(gt=0)] | None = None  # random writes of one granule; None: as reads
     dwpd: Annotated[float, Field(gt=0)] | None = None  # endurance, drive writes per day
     price_per_gb: Annotated[float, Field(ge=0)] | None = None  # US dollars per 1e9 bytes
     watt_per_gb: Annotated[float, Field(ge=0)] | None = None

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ir.errors import InputError, did_you_mean
 from ir.topology import Device, Level, Link, MemoryTier, Topology
 from planner.presets import devices as d
+from planner.presets import tiers as t
 
 MAX_HOSTS = 16384
 MAX_LOCAL_RANKS = 256
@@ -67,6 +68,23 @@ FAMILIES: dict[str, Family] = {
     "l40s": Family(
         d.L40S, d.PCIE4, d.IB_EDR, d.DDR5_PCIE, 10, "L40S with peer access through PCIe 4 switches"
     ),
+}
+
+
+def _mixed(base: str, host: tuple[MemoryTier, ...], what: str) -> Family:
+    """A family whose hosts hold more kinds of memory (composed here: not a vendor's product)."""
+    return replace(FAMILIES[base], host=host, what=f"{base} hosts with {what}")
+
+
+FAMILIES |= {
+    "v100-scm": _mixed("v100", t.SCM_V100_HOST, "DDR4, Optane PMem 100 and Optane SSD P4800X"),
+    "a100-pmem": _mixed("a100", t.PMEM_HOST, "DDR4 and Optane PMem 200"),
+    "a100-optane": _mixed("a100", t.OPTANE_HOST, "DDR4 and Optane SSD P5800X"),
+    "a100-scm": _mixed("a100", t.SCM_HOST, "DDR4, Optane PMem 200 and Optane SSD P5800X"),
+    "a100-upmem": _mixed("a100", t.UPMEM_HOST, "DDR4 and 2,560 UPMEM DPUs"),
+    "h100-cxl": _mixed("h100", t.CXL_HOST, "DDR5 and CXL memory"),
+    "h100-nand": _mixed("h100", t.NAND_HOST, "DDR5 and NAND NVMe"),
+    "h100-cxl-nand": _mixed("h100", t.CXL_NAND_HOST, "DDR5, CXL memory and NAND NVMe"),
 }
 
 _SHAPE = re.compile(r"^(?P<family>[a-z0-9-]+?)-(?P<hosts>\d{1,9})x(?P<devices>\d{1,9})$")
