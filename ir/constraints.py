@@ -8,7 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+from ir.dedup import DedupRequest
+from ir.format_plan import FormatRequest
 from ir.reading import STRICT, dump_record, parse_record
+from ir.tier_plan import TierRequest
 
 ShardingType = Literal[
     "data_parallel",
@@ -62,6 +65,9 @@ class Constraints:
     # result. Off: such options are not offered, and the sharded run equals the unsharded one.
     allow_state_split: bool = False
     tables: dict[str, TableConstraint] = field(default_factory=dict)
+    dedup: DedupRequest | None = None
+    formats: FormatRequest | None = None  # None: every tensor keeps the type it is declared with
+    tiers: TierRequest | None = None  # None: tables stay in the device's first tier
 
     def for_table(self, name: str) -> TableConstraint:
         """The constraint in force for one table."""

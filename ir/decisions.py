@@ -11,7 +11,10 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
+from ir.dedup import DedupPlan
+from ir.format_plan import FormatPlan
 from ir.reading import STRICT
+from ir.tier_plan import TierPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,10 @@ class Decisions:
     """The sections of a program and of its plan."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    dedup: DedupPlan | None = None
+    formats: FormatPlan | None = None
+    tiers: TierPlan | None = None
 
     def present(self) -> tuple[str, ...]:
         """Names of the sections that were decided."""

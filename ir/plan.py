@@ -19,7 +19,9 @@ from pydantic import ConfigDict, Field
 from ir.constraints import Constraints, ShardingType
 from ir.decisions import Decisions
 from ir.errors import InputError
+from ir.format_plan import FormatId
 from ir.reading import STRICT, as_mapping, digest, dump_record, parse_record, read_json
+from ir.tier_plan import TableTiers
 from ir.topology import Topology
 from ir.workload import Workload
 
@@ -81,6 +83,8 @@ class TablePlan:
     memory: dict[str, int]  # bytes by purpose, summed over ranks
     reason: str = ""
     runner_up: Alternative | None = None
+    format: FormatId | None = None  # of the weights; None: as declared (``dtype``)
+    tiers: TableTiers | None = None  # None: all rows in the device's first tier
 
     def on_rank(self, rank: int) -> tuple[Shard, ...]:
         """The shards that one rank holds, a copy included."""
@@ -226,6 +230,9 @@ class Plan:
     def _content(self) -> dict[str, Any]:
         data = dump_record(self)
         data["decisions"] = {name: data["decisions"][name] for name in self.decisions.present()}
+        _without_none(data["constraints"], "formats", "tiers")
+        for table in data["table_plans"]:
+            _without_none(table, "format", "tiers")
         return data
 
     @property
@@ -260,6 +267,13 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file; raises InputError."""
         return cls.from_dict(read_json(path, "plan"), f"plan {path}")
+
+
+def _without_none(record: dict[str, Any], *names: str) -> None:
+    """Leave out what was neither asked nor decided, so that a plan file stays as short as it can."""
+    for name in names:
+        if record[name] is None:
+            del record[name]
 
 
 def _layout(value: Any, depth: int = 0) -> str:
