@@ -20,6 +20,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from ir.errors import InputError
 from ir.reading import STRICT, digest, dump_record, parse_record
+from ir.sessions import SessionStats
 
 ICDF_STEPS = 100  # as many as RecShard uses
 
@@ -82,6 +83,7 @@ class Workload:
     # Samples a distinct sample stands for, by feature, where the input is deduplicated before the index
     # exchange (RecD, MLSys 23); absent: 1. Filled by the dedup pass.
     dedup: dict[str, Annotated[float, Field(ge=1, le=1e6)]] = field(default_factory=dict)
+    sessions: SessionStats | None = None  # how samples repeat within a session; None: unknown
     origin: str = "defaults"  # "defaults", "file", "measured from N batches"
 
     def stats(self, feature: str) -> FeatureStats:
@@ -124,7 +126,7 @@ class Workload:
         """
         counter = _Counter(dict(rows or {}))
         for batch in batches:
-            counter.add(_as_jagged(batch))
+            counter.add(as_jagged(batch))
         return counter.workload(world_size)
 
 
@@ -142,7 +144,7 @@ def _numpy(values: Any) -> Array:
     return array.astype(np.int64, copy=False)
 
 
-def _as_jagged(batch: Any) -> dict[str, tuple[Array, Array]]:
+def as_jagged(batch: Any) -> dict[str, tuple[Array, Array]]:
     """Feature -> (ids, ids per sample), from a KeyedJaggedTensor or a mapping."""
     if hasattr(batch, "to_dict") and hasattr(batch, "keys") and callable(batch.keys):
         batch = {key: (jagged.values(), jagged.lengths()) for key, jagged in batch.to_dict().items()}

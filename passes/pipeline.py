@@ -10,6 +10,7 @@ from cost_models.calibration import Calibration
 from ir.program import Program
 from ir.verifier import verify_program
 from passes.base import Pass
+from passes.dedup import Dedup
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
 from passes.step import StepTimeline
@@ -21,6 +22,7 @@ Observer = Callable[[str, Program], None]
 def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
     """The passes in order, priced with ``calibration`` (default: the constants of the device kind)."""
     return (
+        Dedup(calibration),  # changes the traffic that sharding prices
         Sharding(calibration),
         MemoryAccounting(),  # needs the shards
         StepTimeline(calibration),  # needs the time of each phase, which the shards decide

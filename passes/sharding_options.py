@@ -77,6 +77,8 @@ def _not_offered(
 ) -> str:
     """Why a sharding type makes no sense here; empty if it does."""
     world, hosts, host_size = topology.world_size, topology.hosts, topology.host_size
+    if kind == "data_parallel" and workload.dedup:
+        return "TorchRec's dense kernel takes no deduplicated input"
     if world == 1 and kind != "table_wise" and not explicit:
         return "one rank holds every table whole"
     if kind in ("table_row_wise", "table_column_wise") and hosts == 1 and not explicit:

@@ -9,6 +9,7 @@ from ir.errors import InputError, did_you_mean
 from ir.plan import Plan, TablePlan
 from ir.units import format_bytes, format_count, format_seconds
 from planner.render import grid, percent, signed, summary, table_list
+from planner.sections import render_sections
 
 
 def find_table(plan: Plan, name: str) -> TablePlan:
@@ -29,6 +30,7 @@ def explain_plan(plan: Plan, limit: int = 20) -> RenderableType:
         Text(),
         Text("assumptions", style="bold"),
         _assumptions(plan),
+        *render_sections(plan),
     )
 
 

@@ -3,7 +3,7 @@
 Nothing here calls the passes or the cost models. Coverage is counted cell by cell over the rectangles
 the shards cut a table into; memory is re-added from rows, widths and the optimizer's state; geometry is
 checked against what each sharding type means. Checks, in order: ``format``, ``tables``, ``ranks``,
-``coverage``, ``geometry``, ``kernels``, ``memory``, ``certificate``, ``timeline``, ``model``.
+``coverage``, ``geometry``, ``kernels``, ``memory``, ``certificate``, ``timeline``, ``dedup``, ``model``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ir.ops import EmbeddingTable
 from ir.plan import EVERY_RANK, FORMAT_VERSION, Plan, Shard, TablePlan
 from ir.units import format_bytes
+from planner.verify_dedup import check_dedup
 
 _WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # bytes of optimizer state a parameter, and a row
@@ -46,6 +47,7 @@ def verify(plan: Plan, tables: tuple[EmbeddingTable, ...] | None = None) -> tupl
         ("memory", _memory),
         ("certificate", _certificate),
         ("timeline", _timeline),
+        ("dedup", check_dedup),
     ]
     findings = []
     for name, check in checks:

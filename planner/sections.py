@@ -1,0 +1,26 @@
+"""The decision sections of a plan as text: one renderer a section, loaded when a plan has it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from ir.plan import Plan
+
+# section of ir.decisions.Decisions -> "module:function" from a plan to what explain prints
+RENDERERS: dict[str, str] = {
+    "dedup": "planner.dedup_render:render_dedup",
+}
+
+
+def render_sections(plan: Plan) -> list[RenderableType]:
+    """Every section the plan has, in order, each after an empty line."""
+    parts: list[RenderableType] = []
+    for name in plan.decisions.present():
+        module, _, function = RENDERERS[name].partition(":")
+        render: Callable[[Plan], RenderableType] = getattr(importlib.import_module(module), function)
+        parts += [Text(), render(plan)]
+    return parts
