@@ -12,6 +12,7 @@ from ir.dedup import DedupRequest
 from ir.format_plan import FormatRequest
 from ir.reading import STRICT, dump_record, parse_record
 from ir.tier_plan import TierRequest
+from ir.towers import TowerRequest
 
 ShardingType = Literal[
     "data_parallel",
@@ -68,6 +69,7 @@ class Constraints:
     dedup: DedupRequest | None = None
     formats: FormatRequest | None = None  # None: every tensor keeps the type it is declared with
     tiers: TierRequest | None = None  # None: tables stay in the device's first tier
+    towers: TowerRequest | None = None  # None: lookups stay flat
 
     def for_table(self, name: str) -> TableConstraint:
         """The constraint in force for one table."""

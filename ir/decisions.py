@@ -15,6 +15,7 @@ from ir.dedup import DedupPlan
 from ir.format_plan import FormatPlan
 from ir.reading import STRICT
 from ir.tier_plan import TierPlan
+from ir.towers import TowerDecision
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Decisions:
     dedup: DedupPlan | None = None
     formats: FormatPlan | None = None
     tiers: TierPlan | None = None
+    towers: TowerDecision | None = None
 
     def present(self) -> tuple[str, ...]:
         """Names of the sections that were decided."""

@@ -21,7 +21,8 @@ Other decisions, once made
     - the certificate's bound is not above its objective;
     - one memory record a rank, in order, nothing negative, and the sum within the limit;
     - events start and last zero seconds or more, end by the end of the step, and do not overlap on
-      their stream.
+      their stream;
+    - towers hold each table once and together cover the ranks once, in order.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ir.plan import EVERY_RANK, Certificate, RankMemory, Shard, TablePlan, Timel
 from ir.program import Model, Program
 from ir.sharding import COLUMN_MULTIPLE, COLUMN_SPLIT, row_blocks
 from ir.topology import Topology
+from ir.towers import faults as tower_faults
 
 SHOWN = 10  # faults in the message
 SLACK = 1e-9  # relative, for sums of floats
@@ -53,6 +55,9 @@ def verify_program(program: Program) -> None:
         faults += _memory(program.memory, program.topology.world_size)
     if program.timeline is not None:
         faults += _timeline(program.timeline)
+    if program.decisions.towers is not None:
+        names = [table.name for table in program.model.tables]
+        faults += tower_faults(program.decisions.towers, program.topology.world_size, names)
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise IRError(f"the IR of {program.model.name} is broken: {'; '.join(faults[:SHOWN])}{more}")
