@@ -1,0 +1,1 @@
+"""What a tower plan executes: the exchange in two steps, lookups of a rank's shards, tower modules."""
