@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
+from ir.compression import Compression
 from ir.dedup import DedupPlan
 from ir.format_plan import FormatPlan
 from ir.reading import STRICT
@@ -24,6 +25,7 @@ class Decisions:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    compression: Compression | None = None
     dedup: DedupPlan | None = None
     formats: FormatPlan | None = None
     tiers: TierPlan | None = None
