@@ -10,6 +10,7 @@ lookup_forward    ids + rows gathered + outputs written:
                   ( I id + (U + (I - U) / h) ceil(w e / G) G + B F w x ) / (r M)
 lookup_backward   ids sorted + gradient rows gathered + distinct rows and state read and written:
                   ( I (id + 4) 2 P + (O + (I - O) / h) w x + 2 U (w e + s) ) / (r M)
+                  (w e: bytes of the row as its number format stores it, scales and padding included)
                   with P = ceil(log2(rows) / 8) radix passes, s bytes of state a row, O = min(B F, I)
 input_dist        all_to_all of I id + 4 B F bytes (lengths), received
 output_dist       rank scope: all_to_all of S = B F w x
@@ -46,6 +47,7 @@ from cost_models.collectives import (
     network,
     reduce_scatter,
 )
+from cost_models.formats import bits_per_element, storage_bytes
 from ir.dtypes import nbytes
 from ir.ops import EmbeddingTable
 from ir.program import Mode
@@ -62,16 +64,27 @@ RADIX_BITS = 8  # digit of one radix pass (CUB's onesweep)
 FORWARD_KERNELS = 2  # gather, layout of the outputs: FBGEMM's table-batched embedding
 BACKWARD_KERNELS = 12  # 4 sort passes of 2, run lengths, segment lists, updates by warp and by block: FBGEMM
 
+_ELEMENT_TYPES = ("fp64", "fp32", "tf32", "bf16", "fp16")  # stored without scales
+
 _STATE_PER_ROW = {"sgd": 0.0, "rowwise_adagrad": 4.0, "adagrad": 0.0, "adam": 0.0}  # bytes, fp32
 _STATE_PER_ELEMENT = {"sgd": 0.0, "rowwise_adagrad": 0.0, "adagrad": 4.0, "adam": 8.0}  # bytes, fp32
 
 
-def state_bytes(optimizer: str, width: int) -> float:
+def state_bytes(optimizer: str, width: int, stored: str = "fp32") -> float:
     """Bytes of optimizer state of one row block of ``width`` columns.
 
-    sgd 0; rowwise_adagrad 4 a row; adagrad 4 and adam 8 an element (fp32 state).
+    sgd 0; rowwise_adagrad 4 a row; adagrad 4 and adam 8 an element (fp32 state), less where the state is
+    ``stored`` in a narrower format.
     """
-    return _STATE_PER_ROW[optimizer] + _STATE_PER_ELEMENT[optimizer] * width
+    whole = _STATE_PER_ROW[optimizer] + _STATE_PER_ELEMENT[optimizer] * width
+    return whole if stored == "fp32" else whole * bits_per_element(stored) / 32
+
+
+def stored_bytes(dtype: str, width: int) -> float:
+    """Bytes of one stored row of ``width`` columns: of an element type or of a number format."""
+    if dtype in _ELEMENT_TYPES:
+        return width * nbytes(dtype)
+    return float(storage_bytes(dtype, (1, width)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +128,17 @@ def traffic(
     return Traffic(ids, outputs, lengths, min(distinct, rows), weights)
 
 
-def _row_bytes(width: int, item: float, granule: int) -> float:
-    return math.ceil(width * item / granule) * granule
+def _row_bytes(width: int, dtype: str, granule: int) -> float:
+    return math.ceil(stored_bytes(dtype, width) / granule) * granule
 
 
 def _forward_seconds(
-    moved: Traffic, width: int, item: float, topology: Topology, workload: Workload, calibration: Calibration
+    moved: Traffic, width: int, dtype: str, topology: Topology, workload: Workload, calibration: Calibration
 ) -> float:
     tier = topology.device.tiers[0]
     gathered = moved.distinct + (moved.ids - moved.distinct) / calibration.cache_speedup
     read = moved.ids * workload.id_bytes + moved.weight_bytes
-    read += gathered * _row_bytes(width, item, tier.granule)
+    read += gathered * _row_bytes(width, dtype, tier.granule)
     written = moved.outputs * width * nbytes(workload.exchange_dtype)
     seconds = read / tier.read_bandwidth + written / tier.write_bandwidth
     return seconds / calibration.row_efficiency
@@ -135,14 +148,15 @@ def _backward_seconds(
     moved: Traffic,
     width: int,
     rows: int,
-    item: float,
+    dtype: str,
+    state: str,
     copied: bool,
     topology: Topology,
     workload: Workload,
     calibration: Calibration,
 ) -> float:
     tier = topology.device.tiers[0]
-    row = _row_bytes(width, item, tier.granule)
+    row = _row_bytes(width, dtype, tier.granule)
     passes = math.ceil(math.log2(max(rows, 2)) / RADIX_BITS)
     sort = moved.ids * (workload.id_bytes + SORT_VALUE_BYTES) * passes
     first = min(moved.outputs, moved.ids)
@@ -151,7 +165,7 @@ def _backward_seconds(
     )
     # a dense gradient is zeroed, accumulated and read, and then every row is updated
     updated = rows if copied else moved.distinct
-    touched = updated * (row + state_bytes(workload.optimizer, width) + (row if copied else 0))
+    touched = updated * (row + state_bytes(workload.optimizer, width, state) + (row if copied else 0))
     seconds = (sort + gradient + touched) / tier.read_bandwidth + (sort + touched) / tier.write_bandwidth
     return seconds / calibration.row_efficiency
 
@@ -173,18 +187,19 @@ def unit_seconds(
     workload: Workload,
     calibration: Calibration,
     mode: Mode,
+    state: str = "fp32",
 ) -> dict[str, float]:
     """Seconds by phase that ``unit`` adds to each rank holding it, its largest block counted.
 
-    The backward phases are 0 in inference. Additive over the units of a rank.
+    The backward phases are 0 in inference. Additive over the units of a rank. ``table.dtype`` is the element
+    type or the number format of the stored rows, ``state`` the format of the optimizer state.
     """
     moved = traffic(table, option, unit, topology, workload)
     net = network(topology, calibration)
     width, rows = unit.blocks[0].cols, unit.blocks[0].rows
-    item = nbytes(table.dtype)
     copied = option.sharding_type == "data_parallel"
     seconds = dict.fromkeys(PHASES, 0.0)
-    seconds["lookup_forward"] = _forward_seconds(moved, width, item, topology, workload, calibration)
+    seconds["lookup_forward"] = _forward_seconds(moved, width, table.dtype, topology, workload, calibration)
     size = moved.outputs * width * nbytes(workload.exchange_dtype)
     if not copied:
         index = moved.ids * workload.id_bytes + moved.lengths * LENGTH_BYTES + moved.weight_bytes
@@ -192,7 +207,7 @@ def unit_seconds(
         seconds["output_dist"] = _exchange_seconds(option, size, net)
     if mode == "train":
         seconds["lookup_backward"] = _backward_seconds(
-            moved, width, rows, item, copied, topology, workload, calibration
+            moved, width, rows, table.dtype, state, copied, topology, workload, calibration
         )
         seconds["gradient_dist"] = (
             all_reduce(rows * width * nbytes(workload.compute_dtype), net)

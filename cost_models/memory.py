@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from cost_models.embedding import LENGTH_BYTES, state_bytes, traffic
+from cost_models.embedding import LENGTH_BYTES, state_bytes, stored_bytes, traffic
 from ir.dtypes import nbytes
 from ir.ops import EmbeddingTable
 from ir.program import Mode, Model
@@ -30,8 +30,12 @@ def unit_memory(
     topology: Topology,
     workload: Workload,
     mode: Mode,
+    state: str = "fp32",
 ) -> dict[str, int]:
-    """Bytes by purpose on each rank that holds ``unit``, its largest block counted."""
+    """Bytes by purpose on each rank that holds ``unit``, its largest block counted.
+
+    ``table.dtype`` and ``state`` are as in :func:`cost_models.embedding.unit_seconds`.
+    """
     rows, width = unit.blocks[0].rows, unit.blocks[0].cols  # the first block of a row split is the largest
     train = mode == "train"
     copied = option.sharding_type == "data_parallel"
@@ -39,14 +43,19 @@ def unit_memory(
     outputs = moved.outputs * width * nbytes(workload.exchange_dtype)
     ids = moved.ids * workload.id_bytes + moved.lengths * LENGTH_BYTES + moved.weight_bytes
     used = {
-        "weights": math.ceil(rows * width * nbytes(table.dtype)),
+        "weights": math.ceil(rows * stored_bytes(table.dtype, width)),
         "io": math.ceil(ids + outputs * (2 if train else 1)),
     }
     if train:
-        used["optimizer"] = math.ceil(rows * state_bytes(workload.optimizer, width))
+        used["optimizer"] = math.ceil(rows * state_bytes(workload.optimizer, width, state))
         if copied:
-            used["gradients"] = math.ceil(rows * width * nbytes(table.dtype))
+            # gradients of rows that are stored with scales are fp32
+            used["gradients"] = math.ceil(rows * width * nbytes(_gradient_type(table.dtype)))
     return used
+
+
+def _gradient_type(dtype: str) -> str:
+    return dtype if dtype in ("fp64", "fp32", "bf16", "fp16") else "fp32"
 
 
 def dense_memory(model: Model, workload: Workload, topology: Topology, mode: Mode) -> dict[str, int]:

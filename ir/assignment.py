@@ -6,6 +6,11 @@ Plain records without behaviour, so that a cost model can state a problem and a 
 its options; an option is a bag of pieces. The objective is the sum over phases of the largest load of
 any rank in that phase: phases end in a collective, which waits for the slowest rank. With one phase it
 is the largest load. Every rank holds at most ``capacity`` bytes.
+
+Two further kinds of limits are optional. ``limits`` bounds other resources of every rank (bytes of a
+slower memory tier, seconds that the tier is busy); pieces use them by ``extra``. ``budgets`` bounds sums
+over the chosen options wherever they are placed (predicted loss of accuracy, stored bits); options use them
+by ``cost``.
 """
 
 from __future__ import annotations
@@ -26,12 +31,14 @@ class Piece:
         load: seconds per phase on EACH rank that the piece lands on.
         memory: bytes on each such rank.
         count: identical copies to place ("all" pieces have no place: their count multiplies the load).
+        extra: of each further resource on each such rank; empty: none.
     """
 
     scope: Scope
     load: tuple[float, ...]
     memory: float
     count: int = 1
+    extra: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class Option:
         together: all pieces of scope "rank" must land in one host.
         distinct: no two pieces of the option may share a rank (scope "rank") or a host (scope "host").
         allowed_ranks: pieces of scope "rank" may only use these; None allows all.
+        cost: share of each budget that the option takes; empty: none.
     """
 
     label: str
@@ -51,6 +59,7 @@ class Option:
     together: bool = False
     distinct: bool = False
     allowed_ranks: tuple[int, ...] | None = None
+    cost: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,8 @@ class Problem:
         hosts, host_size: the machine; rank ``r`` lives in host ``r // host_size``.
         capacity: bytes a rank.
         phases: names of the K entries of every load.
+        limits: of each further resource of a rank.
+        budgets: of each sum over options.
     """
 
     names: tuple[str, ...]
@@ -71,6 +82,8 @@ class Problem:
     host_size: int
     capacity: float
     phases: tuple[str, ...]
+    limits: tuple[float, ...] = ()
+    budgets: tuple[float, ...] = ()
 
     @property
     def ranks(self) -> int:

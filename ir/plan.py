@@ -84,6 +84,7 @@ class TablePlan:
     reason: str = ""
     runner_up: Alternative | None = None
     format: FormatId | None = None  # of the weights; None: as declared (``dtype``)
+    state_format: FormatId | None = None  # of the optimizer state; None: fp32
     tiers: TableTiers | None = None  # None: all rows in the device's first tier
 
     def on_rank(self, rank: int) -> tuple[Shard, ...]:
@@ -232,7 +233,7 @@ class Plan:
         data["decisions"] = {name: data["decisions"][name] for name in self.decisions.present()}
         _without_none(data["constraints"], "formats", "tiers")
         for table in data["table_plans"]:
-            _without_none(table, "format", "tiers")
+            _without_none(table, "format", "state_format", "tiers")
         return data
 
     @property

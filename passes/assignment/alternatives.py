@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from passes.assignment.compiled import compile_option
+from passes.assignment.compiled import Choice, compile_option
 from passes.assignment.insertion import State, insert, peak_price
-from passes.assignment.problem import Option, Problem, Solution
+from passes.assignment.problem import Floats, Option, Problem, Solution
 
 
 def alternatives(problem: Problem, solution: Solution, table: int) -> tuple[float | None, ...]:
@@ -19,30 +19,41 @@ def alternatives(problem: Problem, solution: Solution, table: int) -> tuple[floa
         Seconds by option index.
     """
     phases = len(problem.phases)
-    state = State(problem, solution.loads.copy(), solution.memory.copy())
+    extra = solution.extra.copy() if problem.limits else None
+    state = State(problem, solution.loads.copy(), solution.memory.copy(), extra)
     chosen = solution.choice[table]
     current = problem.options[table][chosen]
-    state.add(compile_option(current, phases), solution.placement[table], -1.0)
-    state.add_fixed(*_fixed(current, phases), -1.0)
+    placed = _compiled(problem, current)
+    state.add(placed, solution.placement[table], -1.0)
+    state.add_everywhere(placed, -1.0)
+    state.loads -= np.asarray(_fixed(current, phases))
+    left = np.asarray(problem.budgets) * (1 + 1e-9) - solution.spent + np.asarray(placed.cost)
     made: list[float | None] = []
     for j, option in enumerate(problem.options[table]):
-        made.append(solution.objective if j == chosen else _objective(problem, state, option))
+        made.append(solution.objective if j == chosen else _objective(problem, state, option, left))
     return tuple(made)
 
 
-def _fixed(option: Option, phases: int) -> tuple[list[float], float]:
+def _compiled(problem: Problem, option: Option) -> Choice:
+    return compile_option(
+        option, len(problem.phases), limits=len(problem.limits), budgets=len(problem.budgets)
+    )
+
+
+def _fixed(option: Option, phases: int) -> list[float]:
     pieces = [piece for piece in option.pieces if piece.scope == "all"]
-    seconds = [sum(piece.load[k] * piece.count for piece in pieces) for k in range(phases)]
-    return seconds, sum(piece.memory * piece.count for piece in pieces)
+    return [sum(piece.load[k] * piece.count for piece in pieces) for k in range(phases)]
 
 
-def _objective(problem: Problem, state: State, option: Option) -> float | None:
-    seconds, memory = _fixed(option, len(problem.phases))
+def _objective(problem: Problem, state: State, option: Option, left: Floats) -> float | None:
+    choice = _compiled(problem, option)
+    if (np.asarray(choice.cost) > left).any():
+        return None  # a budget would be exceeded
     trial = state.copy()
-    trial.add_fixed(seconds, memory)
-    if trial.memory.max() > problem.capacity * (1 + 1e-9):
+    trial.loads += np.asarray(_fixed(option, len(problem.phases)))
+    trial.add_everywhere(choice)
+    if not trial.fits(1e-9):
         return None
-    choice = compile_option(option, len(problem.phases))
     places = insert(trial, choice, peak_price)
     if places is None:
         return None

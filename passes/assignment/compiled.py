@@ -23,6 +23,7 @@ class Group(NamedTuple):
     copies: int
     phases: tuple[float, ...]
     first: int  # index of the first piece in the option's placement
+    extra: tuple[float, ...] = ()  # further resources on each rank
 
 
 class Choice(NamedTuple):
@@ -36,6 +37,8 @@ class Choice(NamedTuple):
     allowed: frozenset[int] | None
     size: int  # entries of its placement
     plain: bool  # none of together, distinct, allowed
+    fixed_extra: tuple[float, ...] = ()  # further resources that it takes on every rank
+    cost: tuple[float, ...] = ()  # share of each budget
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +61,8 @@ class Compiled:
     total_biggest: Floats  # (N,)
     peak_memory: Floats  # (N,): bytes some rank needs for this option alone
     usable: NDArray[np.bool_]  # (N,): not dominated and fits an empty machine
+    mean_extra: Floats  # (N, E): further resources taken on the average rank
+    cost: Floats  # (N, B): shares of the budgets
 
     @property
     def tables(self) -> int:
@@ -65,10 +70,13 @@ class Compiled:
         return len(self.choices)
 
 
-def compile_option(option: Option, phases: int, what: str = "an option") -> Choice:
-    """An option as the packer sees it; raises InputError on bad loads."""
+def compile_option(
+    option: Option, phases: int, what: str = "an option", limits: int = 0, budgets: int = 0
+) -> Choice:
+    """An option as the packer sees it; raises InputError on bad loads, resources or shares."""
     groups: list[Group] = []
     fixed = fixed_memory = 0.0
+    fixed_extra = [0.0] * limits
     cursor = 0
     for piece in option.pieces:
         if len(piece.load) != phases:
@@ -77,20 +85,40 @@ def compile_option(option: Option, phases: int, what: str = "an option") -> Choi
         if bad or piece.count < 1:
             raise InputError(f"{what} has a negative, missing or infinite load, memory or count")
         total = sum(piece.load)
+        extra = _vector(piece.extra, limits, what)
         if piece.scope == "all":
             fixed += total * piece.count
             fixed_memory += piece.memory * piece.count
+            fixed_extra = [a + b * piece.count for a, b in zip(fixed_extra, extra, strict=True)]
             cursor += piece.count
             continue
         scope = HOST if piece.scope == "host" else RANK
-        groups.append(Group(scope, total, piece.memory, piece.count, piece.load, cursor))
+        groups.append(Group(scope, total, piece.memory, piece.count, piece.load, cursor, extra))
         cursor += piece.count
     groups.sort(key=lambda g: (-g.load, g.first))
     allowed = None if option.allowed_ranks is None else frozenset(option.allowed_ranks)
     plain = not (option.together or option.distinct or allowed is not None)
     return Choice(
-        tuple(groups), fixed, fixed_memory, option.together, option.distinct, allowed, cursor, plain
+        tuple(groups),
+        fixed,
+        fixed_memory,
+        option.together,
+        option.distinct,
+        allowed,
+        cursor,
+        plain,
+        tuple(fixed_extra),
+        _vector(option.cost, budgets, what),
     )
+
+
+def _vector(values: tuple[float, ...], length: int, what: str) -> tuple[float, ...]:
+    """``values``, zeros when there are none; raises InputError on a wrong length or a bad value."""
+    if not values:
+        return (0.0,) * length
+    if len(values) != length or not all(np.isfinite(x) and x >= 0 for x in values):
+        raise InputError(f"{what} takes {values} of {length} resources; give as many values, none negative")
+    return values
 
 
 def _impossible(choice: Choice, problem: Problem) -> bool:
@@ -104,6 +132,11 @@ def _impossible(choice: Choice, problem: Problem) -> bool:
         ranks = min(ranks, problem.host_size)
     spare = problem.capacity - choice.fixed_memory
     if spare < 0 or any(group.memory > spare for group in choice.groups):
+        return True
+    for e, limit in enumerate(problem.limits):
+        if choice.fixed_extra[e] + max((g.extra[e] for g in choice.groups), default=0.0) > limit:
+            return True
+    if any(cost > budget for cost, budget in zip(choice.cost, problem.budgets, strict=True)):
         return True
     places = {RANK: ranks, HOST: hosts}
     if choice.distinct and any(group.copies > places[group.scope] for group in choice.groups):
@@ -121,8 +154,9 @@ def _dominated(choices: tuple[Choice, ...], index: int) -> bool:
     for other, theirs in enumerate(choices):
         if other == index or not theirs.plain or theirs.fixed != mine.fixed:
             continue
-        same = tuple(g[:5] for g in theirs.groups) == tuple(g[:5] for g in mine.groups)
-        if same and theirs.fixed_memory == mine.fixed_memory and (not mine.plain or other < index):
+        same = tuple((g[:5], g.extra) for g in theirs.groups) == tuple((g[:5], g.extra) for g in mine.groups)
+        same = same and (theirs.fixed_memory, theirs.fixed_extra) == (mine.fixed_memory, mine.fixed_extra)
+        if same and theirs.cost == mine.cost and (not mine.plain or other < index):
             return True
     return False
 
@@ -146,7 +180,16 @@ def compile_problem(problem: Problem) -> Compiled:
             raise InputError(f"table {name!r} has no option to choose from")
         known = memo.get(options)
         if known is None:
-            made = tuple(compile_option(o, phases, f"option {o.label!r} of table {name!r}") for o in options)
+            made = tuple(
+                compile_option(
+                    o,
+                    phases,
+                    f"option {o.label!r} of table {name!r}",
+                    len(problem.limits),
+                    len(problem.budgets),
+                )
+                for o in options
+            )
             fine = [not _impossible(c, problem) and not _dominated(made, i) for i, c in enumerate(made)]
             known = memo[options] = (made, fine)
         choices.append(known[0])
@@ -158,6 +201,7 @@ def _arrays(problem: Problem, choices: tuple[tuple[Choice, ...], ...], usable: l
     ranks, hosts, phases = problem.ranks, problem.hosts, len(problem.phases)
     rows: dict[int, list[tuple[list[float], float, list[float], list[float], float]]] = {}
     share, memory, fixed, biggest, peak, table = [], [], [], [], [], []
+    extra = [_mean_extra(choice, ranks, hosts) for options in choices for choice in options]
     for t, options in enumerate(choices):
         key = id(options)
         if key not in rows:
@@ -189,7 +233,28 @@ def _arrays(problem: Problem, choices: tuple[tuple[Choice, ...], ...], usable: l
         ),
         peak_memory=np.array(peak),
         usable=np.array(usable),
+        mean_extra=np.array(extra, dtype=np.float64).reshape(len(table), len(problem.limits)),
+        cost=np.array([c.cost for options in choices for c in options], dtype=np.float64).reshape(
+            len(table), len(problem.budgets)
+        ),
     )
+
+
+def _mean_extra(choice: Choice, ranks: int, hosts: int) -> list[float]:
+    mean = list(choice.fixed_extra)
+    for group in choice.groups if mean else ():
+        part = group.copies / (hosts if group.scope == HOST else ranks)
+        mean = [a + part * b for a, b in zip(mean, group.extra, strict=True)]
+    return mean
+
+
+def average_row(
+    option: Option, ranks: int, hosts: int, phases: int, limits: int, budgets: int
+) -> tuple[list[float], float, list[float], list[float], Choice]:
+    """What an option adds to the average rank: seconds by phase, bytes, largest piece by phase, resources."""
+    choice = compile_option(option, phases, f"option {option.label!r}", limits, budgets)
+    share, memory, _, biggest, _ = _row(choice, option, ranks, hosts, phases)
+    return share, memory, biggest, _mean_extra(choice, ranks, hosts), choice
 
 
 def _row(

@@ -25,6 +25,7 @@ class Exchange:
     def __init__(self, compiled: Compiled, state: State, choice: list[int], places: list[list[int]]) -> None:
         self.state, self.places = state, places
         loads, memory, rank, where = [], [], [], []
+        extra: list[tuple[float, ...]] = []
         for t, (j, at) in enumerate(zip(choice, places, strict=True)):
             option = compiled.choices[t][j]
             if not option.plain:
@@ -35,10 +36,14 @@ class Exchange:
                 for i in range(group.first, group.first + group.copies):
                     loads.append(group.phases)
                     memory.append(group.memory)
+                    extra.append(group.extra)
                     rank.append(at[i])
                     where.append((t, i))
         self.loads: Floats = np.array(loads, dtype=np.float64).reshape(len(loads), state.loads.shape[1])
         self.memory: Floats = np.array(memory, dtype=np.float64)
+        self.extra: Floats | None = None  # further resources (pieces, E)
+        if state.extra is not None:
+            self.extra = np.array(extra, dtype=np.float64).reshape(len(extra), state.extra.shape[1])
         self.rank: NDArray[np.int64] = np.array(rank, dtype=np.int64)
         self.where = where
 
@@ -85,6 +90,8 @@ class Exchange:
         delta = _phi(change, total, tau)
         delta[:, rank] = np.inf
         delta[self.memory[mine][:, None] > (state.problem.capacity - state.memory)[None]] = np.inf
+        if self.extra is not None and state.extra is not None:
+            delta[(self.extra[mine][:, None] > (state.room - state.extra)[None]).any(axis=2)] = np.inf
         i, target = np.unravel_index(int(delta.argmin()), delta.shape)
         value = float(delta[i, target])
         return (value, int(mine[i]), -1, int(target)) if np.isfinite(value) else None
@@ -114,6 +121,10 @@ class Exchange:
         free = state.problem.capacity - state.memory
         extra = self.memory[mine][:, None] - self.memory[partners][None]
         delta[(extra > free[there][None]) | (-extra > free[rank])] = np.inf
+        if self.extra is not None and state.extra is not None:
+            open_ = state.room - state.extra
+            shift = self.extra[mine][:, None] - self.extra[partners][None]
+            delta[((shift > open_[there][None]) | (-shift > open_[rank])).any(axis=2)] = np.inf
         i, k = np.unravel_index(int(delta.argmin()), delta.shape)
         value = float(delta[i, k])
         return (value, int(mine[i]), int(partners[k]), int(there[k])) if np.isfinite(value) else None
@@ -124,6 +135,9 @@ class Exchange:
         state.loads[target] += self.loads[piece]
         state.memory[source] -= self.memory[piece]
         state.memory[target] += self.memory[piece]
+        if self.extra is not None and state.extra is not None:
+            state.extra[source] -= self.extra[piece]
+            state.extra[target] += self.extra[piece]
         self.rank[piece] = target
         t, i = self.where[piece]
         self.places[t][i] = target

@@ -19,15 +19,29 @@ TIE = 1e-6  # weight of the total load among places of equal price: prefer the e
 
 
 class State:
-    """Loads (ranks, phases) in seconds and memory (ranks,) in bytes, without some tables."""
+    """Loads (ranks, phases) in seconds and memory (ranks,) in bytes, without some tables.
 
-    def __init__(self, problem: Problem, loads: Floats, memory: Floats) -> None:
+    ``extra`` (ranks, resources) holds what is used of the problem's ``limits``; None without limits.
+    """
+
+    def __init__(self, problem: Problem, loads: Floats, memory: Floats, extra: Floats | None = None) -> None:
         self.problem = problem
         self.loads, self.memory = loads, memory
+        self.extra = extra if problem.limits else None
+        if problem.limits and extra is None:
+            self.extra = np.zeros((problem.ranks, len(problem.limits)))
+        self.room: Floats = np.asarray(problem.limits) * (1 + 1e-12)
 
     def copy(self) -> State:
         """An independent copy."""
-        return State(self.problem, self.loads.copy(), self.memory.copy())
+        extra = None if self.extra is None else self.extra.copy()
+        return State(self.problem, self.loads.copy(), self.memory.copy(), extra)
+
+    def fits(self, slack: float = 1e-12) -> bool:
+        """Whether no rank exceeds its memory or another limit."""
+        if float(self.memory.max()) > self.problem.capacity * (1 + slack):
+            return False
+        return self.extra is None or bool((self.extra <= self.room * (1 + slack)).all())
 
     def add(self, choice: Choice, places: Sequence[int], sign: float = 1.0) -> None:
         """Add (or with -1 take away) the placed pieces of an option; not what it puts on every rank."""
@@ -38,11 +52,15 @@ class State:
                 where = (where[:, None] * size + np.arange(size)).ravel()
             np.add.at(self.loads, where, sign * np.asarray(group.phases))
             np.add.at(self.memory, where, sign * group.memory)
+            if self.extra is not None:
+                np.add.at(self.extra, where, sign * np.asarray(group.extra))
 
-    def add_fixed(self, seconds: Sequence[float] | Floats, memory: float, sign: float = 1.0) -> None:
-        """Add what an option puts on every rank."""
-        self.loads += sign * np.asarray(seconds)
-        self.memory += sign * memory
+    def add_everywhere(self, choice: Choice, sign: float = 1.0) -> None:
+        """Add the memory and the further resources that an option takes on every rank."""
+        if choice.fixed_memory:
+            self.memory += sign * choice.fixed_memory
+        if self.extra is not None:
+            self.extra += sign * np.asarray(choice.fixed_extra)
 
 
 class Price(Protocol):
@@ -84,6 +102,8 @@ def insert(state: State, choice: Choice, price: Price) -> list[int] | None:
     """
     if choice.fixed_memory and float(state.memory.max()) > state.problem.capacity:
         return None
+    if any(choice.fixed_extra) and not state.fits():
+        return None
     if not choice.groups:
         return [-1] * choice.size
     if not choice.together:
@@ -104,6 +124,7 @@ def _homes(state: State, choice: Choice, price: Price) -> list[int]:
     table = price(state, group, levels)
     free = _free_memory(state, RANK)
     table[np.arange(1, levels + 1)[:, None] * group.memory > free[None] * (1 + 1e-12)] = np.inf
+    _close_full(state, group, table)
     by_host = np.sort(table.reshape(levels, hosts, size).transpose(1, 0, 2).reshape(hosts, -1), axis=1)
     if group.copies > by_host.shape[1]:
         return []
@@ -148,6 +169,7 @@ def _spread(
     free = _free_memory(state, group.scope)
     if group.memory * levels > float(free.min()):
         table[np.arange(1, levels + 1)[:, None] * group.memory > free[None] * (1 + 1e-12)] = np.inf
+    _close_full(state, group, table)
     if open_places is not None:
         table[:, ~open_places] = np.inf
     flat = table.ravel()
@@ -157,6 +179,18 @@ def _spread(
     if not np.isfinite(flat[best[-1]]):
         return None
     return [int(i) % places for i in best]
+
+
+def _close_full(state: State, group: Group, table: Floats) -> None:
+    """Close the places where a further resource would run out, in place; table (levels, places)."""
+    if state.extra is None:
+        return
+    free = state.room - state.extra
+    if group.scope == HOST:
+        free = free.reshape(state.problem.hosts, state.problem.host_size, -1).min(axis=1)
+    for e, need in enumerate(group.extra):
+        if need > 0:
+            table[np.arange(1, len(table) + 1)[:, None] * need > free[None, :, e]] = np.inf
 
 
 def _smallest(values: Floats, count: int) -> NDArray[np.int64]:

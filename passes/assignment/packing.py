@@ -109,7 +109,7 @@ class _Bins:
 
     def to_ranks(self, group: Group) -> list[int]:
         """Place identical pieces that may go to any rank; the inner loop of the search."""
-        _, load, need, copies, _, _ = group
+        _, load, need, copies, _, _, _ = group
         order, loads, memory, host_load = self.order, self.load, self.memory, self.host_load
         room, size = self.capacity - need, self.size
         probe = (self.target - load + self.slack, self.ranks)

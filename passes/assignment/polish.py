@@ -93,8 +93,18 @@ class SoftPrice:
 class Polisher:
     """Improves one placement; deterministic for a given seed and budget."""
 
-    def __init__(self, compiled: Compiled, bound: float, budget: Budget, seed: int) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        bound: float,
+        budget: Budget,
+        seed: int,
+        rates: Floats | None = None,
+    ) -> None:
         self.compiled, self.bound, self.budget = compiled, bound, budget
+        # seconds that a unit of each budget is worth; an option's share is priced beside the rise of Phi
+        self.rates = np.zeros(len(compiled.problem.budgets)) if rates is None else rates
+        self.left = np.asarray(compiled.problem.budgets) * (1 + 1e-12)  # of each budget
         self.problem = compiled.problem
         self.random = random.Random(seed + 1)
         self.floor = piece_floor(compiled)
@@ -123,6 +133,8 @@ class Polisher:
             self._rebuild(best.choice, theta * self.bound)
             self._exchange(theta * self.bound)
             self._record(best)
+        if not best.placement:
+            return  # the choice does not fit
         self._load(best)
         self._menu = {t: self._options(t, best.value) for t in range(self.compiled.tables)}
         turn = 0
@@ -149,8 +161,7 @@ class Polisher:
 
     def _record(self, best: Incumbent) -> bool:
         value = self.objective()
-        fits = self.state.memory.max() <= self.problem.capacity * (1 + 1e-12)
-        if -1 in self.choice or not fits or value >= best.value * (1 - 1e-12):
+        if -1 in self.choice or not self.state.fits() or value >= best.value * (1 - 1e-12):
             return False
         best.value = value
         best.choice, best.placement = list(self.choice), [list(p) for p in self.places]
@@ -185,13 +196,16 @@ class Polisher:
         self.base[:] = 0
         self._soft = None
         self.state.memory[:] = 0
+        if self.state.extra is not None:
+            self.state.extra[:] = 0
+        self.left = np.asarray(self.problem.budgets) * (1 + 1e-12)
         self.choice = [-1] * self.compiled.tables
 
     def _put(self, t: int, j: int, places: list[int]) -> None:
         choice = self.compiled.choices[t][j]
         self.base += self._fixed[t][j]
-        if choice.fixed_memory:
-            self.state.memory += choice.fixed_memory
+        self.left = self.left - np.asarray(choice.cost)
+        self.state.add_everywhere(choice)
         self.state.add(choice, places)
         self._changed(choice, places)
         self.choice[t], self.places[t] = j, places
@@ -202,15 +216,18 @@ class Polisher:
         self.state.add(choice, self.places[t], -1.0)
         self._changed(choice, self.places[t])
         self.base -= self._fixed[t][j]
-        if choice.fixed_memory:
-            self.state.memory -= choice.fixed_memory
+        self.left = self.left + np.asarray(choice.cost)
+        self.state.add_everywhere(choice, -1.0)
         self.choice[t] = -1
 
     def _options(self, t: int, value: float) -> list[int]:
         """The options of a table worth trying, cheapest on average first."""
         span = slice(int(self.compiled.start[t]), int(self.compiled.start[t + 1]))
         hopeful = self.compiled.usable[span] & (self.floor[span] < value)
-        order = np.argsort(self.compiled.total_share[span], kind="stable")
+        share = self.compiled.total_share[span]
+        if len(self.rates):
+            share = share + self.compiled.cost[span] @ self.rates
+        order = np.argsort(share, kind="stable")
         return [int(j) for j in order if hopeful[j]][:OPTIONS]
 
     def _rebuild(self, choices: Sequence[int], tau: float) -> None:
@@ -220,6 +237,8 @@ class Polisher:
         flat = compiled.start[:-1] + np.asarray(choices)
         memory = compiled.peak_memory[flat] / self.problem.capacity
         size = np.maximum(compiled.total_biggest[flat] / self.bound, memory)
+        if self.state.extra is not None:
+            size = np.maximum(size, (compiled.mean_extra[flat] / self.state.room).max(axis=1))
         for t in np.argsort(-size, kind="stable"):
             if not self._best(int(t), [choices[t]], tau):
                 return
@@ -232,14 +251,15 @@ class Polisher:
         for j in options:
             choice = self.compiled.choices[t][j]
             self.budget.spend(INSERT_WORK + CELL_WORK * cells)
-            if choice.fixed_memory:
-                self.state.memory += choice.fixed_memory
+            cost = np.asarray(choice.cost)
+            if (cost > self.left).any():
+                continue
+            self.state.add_everywhere(choice)
             places = insert(self.state, choice, price)
-            if choice.fixed_memory:
-                self.state.memory -= choice.fixed_memory
+            self.state.add_everywhere(choice, -1.0)
             if places is None:
                 continue
-            rise = price.rise(choice, self._fixed[t][j], places)
+            rise = price.rise(choice, self._fixed[t][j], places) + float(self.rates @ cost)
             if found is None or rise < found[0]:
                 found = rise, j, places
         if found is None:
@@ -250,7 +270,7 @@ class Polisher:
     def _step(self, tau: float) -> None:
         """Ruin, recreate, and go back unless Phi fell (or barely rose)."""
         before = self._price(tau).value + float(self.base.sum())
-        loads, memory, base = self.state.loads.copy(), self.state.memory.copy(), self.base.copy()
+        saved, base, left = self.state.copy(), self.base.copy(), self.left
         victims = self._victims()
         old = [(t, self.choice[t], self.places[t]) for t in victims]
         for t in victims:
@@ -260,7 +280,7 @@ class Polisher:
             rise = self._price(tau).value + float(self.base.sum()) - before
             if rise <= 1e-12 or self.random.random() < math.exp(-rise / (0.05 * tau)):
                 return
-        self.state.loads, self.state.memory, self.base = loads, memory, base
+        self.state, self.base, self.left = saved, base, left
         self._soft = None
         for t, j, places in old:
             self.choice[t], self.places[t] = j, places

@@ -6,7 +6,7 @@ re-exports them and adds the solution.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ir.assignment import Option, Piece, Problem, Scope
 
-__all__ = ["Option", "Piece", "Problem", "Scope", "Solution", "evaluate"]
+__all__ = ["Option", "Piece", "Problem", "Scope", "Solution", "evaluate", "evaluate_extra"]
 
 Floats = NDArray[np.float64]
 
@@ -35,6 +35,8 @@ class Solution:
         loads: seconds, shape (ranks, phases).
         memory: bytes, shape (ranks,).
         work: deterministic solver work spent, about seconds.
+        extra: further resources used, shape (ranks, resources).
+        spent: of each budget.
     """
 
     choice: tuple[int, ...]
@@ -47,6 +49,8 @@ class Solution:
     loads: Floats
     memory: Floats
     work: float = 0.0
+    extra: Floats = field(default_factory=lambda: np.zeros((0, 0)))
+    spent: tuple[float, ...] = ()
 
     @property
     def gap(self) -> float:
@@ -77,3 +81,25 @@ def evaluate(
                 memory[where] += piece.memory
             cursor += piece.count
     return loads, memory
+
+
+def evaluate_extra(
+    problem: Problem, choice: tuple[int, ...] | list[int], placement: tuple[tuple[int, ...], ...]
+) -> tuple[Floats, tuple[float, ...]]:
+    """Further resources (ranks, resources) and spent budgets of a placement, from its definition."""
+    size = problem.host_size
+    extra = np.zeros((problem.ranks, len(problem.limits)))
+    spent = np.zeros(len(problem.budgets))
+    for options, chosen, places in zip(problem.options, choice, placement, strict=True):
+        spent += options[chosen].cost or 0.0
+        cursor = 0
+        for piece in options[chosen].pieces:
+            for place in places[cursor : cursor + piece.count] if piece.extra else ():
+                where = {
+                    "rank": slice(place, place + 1),
+                    "host": slice(place * size, (place + 1) * size),
+                    "all": slice(None),
+                }[piece.scope]
+                extra[where] += piece.extra
+            cursor += piece.count
+    return extra, tuple(float(x) for x in spent)

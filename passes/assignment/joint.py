@@ -1,0 +1,361 @@
+"""Joint choices: options that use further resources and budgets, with columns made on demand.
+
+The master program (:mod:`passes.assignment.master`) gives the proved bound and the prices; its whole-number
+solution, which knows averages only, is the choice that placing starts from; ruin and recreate
+(:mod:`passes.assignment.polish`) then moves and re-chooses tables under the same limits and budgets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ir.errors import InfeasibleError
+from passes.assignment.budget import Budget
+from passes.assignment.compiled import average_row, compile_problem
+from passes.assignment.master import MARGIN, Column, Duals, Limits, Master, whole_choice
+from passes.assignment.polish import Polisher
+from passes.assignment.problem import Option, Problem, Solution, evaluate, evaluate_extra
+from passes.assignment.target_search import Incumbent
+
+PRICING_ROUNDS = 40
+KEPT = 12  # columns of a class that the search may choose from
+NEAR = 0.02  # of the bound: columns whose reduced cost is below are kept
+WHOLE_CLASSES = 120  # classes up to which the whole-number program is solved; beyond, the point is rounded
+TIGHTER = (1.0, 0.98, 0.95, 0.9, 0.8)  # of all limits: room left for placing whole pieces
+LONGER = (1.0, 1.01, 1.03, 1.1, 1.3, 2.0)  # of the stretched step
+WORK_A_TABLE = 0.01  # seconds of polishing a table, at least a second
+
+Pricer = Callable[[Duals], list[tuple[int, Option]]]
+"""Options of classes whose reduced cost may be negative at these prices."""
+
+
+@dataclass(slots=True)
+class Menu:
+    """A class of tables that share one list of options; the list grows by pricing."""
+
+    tables: tuple[int, ...]  # positions of the tables
+    options: list[Option]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The machine and the limits of a joint problem; ``stretched`` limits are seconds of the step."""
+
+    names: tuple[str, ...]
+    hosts: int
+    host_size: int
+    capacity: float
+    phases: tuple[str, ...]
+    limits: tuple[float, ...] = ()  # those that are stretched are ignored unless ``step`` is given
+    stretched: tuple[bool, ...] = ()
+    budgets: tuple[float, ...] = ()
+    base: float = 0.0  # seconds of the step besides the phases
+    step: float | None = None  # given: the step may last that long
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relaxation:
+    """The master program's optimum."""
+
+    bound: float  # seconds of the step (``base`` and the sum of the phases); no solution is below
+    duals: Duals
+    columns: tuple[Column, ...]
+    values: tuple[float, ...]
+    index: tuple[tuple[int, int], ...]  # (class, option) of each column
+    exceeded: bool  # no point keeps every limit
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Joint:
+    """A placed solution of a joint problem."""
+
+    problem: Problem  # with the columns that the search chose from
+    options: tuple[tuple[int, ...], ...]  # for each table, positions of those columns in its class's menu
+    solution: Solution  # its objective is the sum of phases
+    step: float  # seconds: the longer of base + phases and every stretched resource
+    relaxed: Relaxation
+    trials: int = field(default=0)
+
+
+def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> Relaxation:
+    """Solve the master program over all columns, priced-out ones included."""
+    limits = _limits(frame, menus)
+    master = Master([len(menu.tables) for menu in menus], len(frame.phases), limits)
+    index: list[tuple[int, int]] = []
+    for c, menu in enumerate(menus):
+        for o, option in enumerate(menu.options):
+            master.add(column(option, c, frame))
+            index.append((c, o))
+    value = master.solve()
+    bound = -math.inf
+    for _ in range(PRICING_ROUNDS if price else 0):
+        duals = master.duals()
+        least = np.zeros(len(menus))
+        grown = False
+        for c, option in price(duals) if price else ():
+            made = column(option, c, frame)
+            reduced = Master.reduced(made, duals)
+            least[c] = min(least[c], reduced)
+            if reduced < -1e-7 * max(value, limits.scale) and option not in menus[c].options:
+                menus[c].options.append(option)
+                index.append((c, len(menus[c].options) - 1))
+                master.add(made)
+                grown = True
+        bound = max(bound, value + float(np.array(master.sizes) @ least))
+        if not grown:
+            break
+        value = master.solve()
+    if price is None:
+        bound = value
+    return Relaxation(
+        bound=bound - MARGIN * abs(bound) if math.isfinite(bound) else 0.0,
+        duals=master.duals(),
+        columns=tuple(master.columns),
+        values=tuple(float(v) for v in master.values()),
+        index=tuple(index),
+        exceeded=master.exceeded(),
+        limits=limits,
+    )
+
+
+def _limits(frame: Frame, menus: Sequence[Menu]) -> Limits:
+    fixed = frame.step is not None
+    extra = tuple(
+        (frame.step if fixed and stretched else limit) or 0.0
+        for limit, stretched in zip(frame.limits, frame.stretched, strict=True)
+    )
+    least = sum(
+        len(m.tables) * min(sum(map(sum, (p.load for p in o.pieces))) for o in m.options) for m in menus
+    )
+    return Limits(
+        capacity=frame.capacity,
+        extra=extra,
+        stretched=tuple(stretched and not fixed for stretched in frame.stretched),
+        budgets=frame.budgets,
+        base=frame.base,
+        scale=max(frame.base + least / (frame.hosts * frame.host_size), 1e-12),
+    )
+
+
+def column(option: Option, owner: int, frame: Frame) -> Column:
+    """An option as a column of the master program."""
+    ranks = frame.hosts * frame.host_size
+    share, memory, biggest, extra, choice = average_row(
+        option, ranks, frame.hosts, len(frame.phases), len(frame.limits), len(frame.budgets)
+    )
+    return Column(owner, np.array(share), np.array(biggest), memory, np.array(extra), np.array(choice.cost))
+
+
+def solve_joint(
+    frame: Frame,
+    menus: Sequence[Menu],
+    relaxed: Relaxation,
+    *,
+    time_limit: float = 30.0,
+    seed: int = 0,
+    stop_gap: float = 0.0,
+) -> Joint:
+    """Choose and place under every limit; raises InfeasibleError when no placement is found."""
+    kept = _kept(menus, relaxed)
+    best: Joint | None = None
+    trials = 0
+    for longer in LONGER if frame.step is None and any(frame.stretched) else (1.0,):
+        for tight in TIGHTER:
+            trials += 1
+            found = _attempt(frame, menus, relaxed, kept, longer, tight, time_limit, seed, stop_gap)
+            if found is None:
+                continue
+            if best is None or found.step < best.step:
+                best = found
+            break
+        if best is not None and best.step <= relaxed.bound * longer * (1 + 1e-6):
+            break
+    if best is None:
+        raise InfeasibleError(
+            "no placement found within the memory tiers and budgets, although their averages would allow one; "
+            "allow more tiers, a larger budget or more hosts",
+            conflict=("capacity", "tables"),
+            relaxation="more capacity or bandwidth in some tier",
+        )
+    return replace(best, trials=trials)
+
+
+def _kept(menus: Sequence[Menu], relaxed: Relaxation) -> list[list[int]]:
+    """Columns of each class worth choosing from: those in use, then the least reduced costs."""
+    by_class: list[list[tuple[float, int]]] = [[] for _ in menus]
+    near = NEAR * abs(relaxed.bound)
+    for k, made in enumerate(relaxed.columns):
+        reduced = Master.reduced(made, relaxed.duals)
+        used = relaxed.values[k] > 1e-9
+        if used or reduced * len(menus[made.owner].tables) <= near * max(1, len(menus[made.owner].tables)):
+            by_class[made.owner].append((-1.0 if used else reduced, k))
+    return [sorted(k for _, k in sorted(found)[:KEPT]) for found in by_class]
+
+
+def _attempt(
+    frame: Frame,
+    menus: Sequence[Menu],
+    relaxed: Relaxation,
+    kept: list[list[int]],
+    longer: float,
+    tight: float,
+    time_limit: float,
+    seed: int,
+    stop_gap: float,
+) -> Joint | None:
+    step = frame.step if frame.step is not None else relaxed.bound * longer
+    limits = tuple(
+        step if stretched else limit for limit, stretched in zip(frame.limits, frame.stretched, strict=True)
+    )
+    counts = _whole_counts(frame, menus, relaxed, kept, limits, tight)
+    if counts is None:
+        return None
+    options: list[tuple[Option, ...]] = [()] * len(frame.names)
+    positions: list[tuple[int, ...]] = [()] * len(frame.names)
+    choice = [0] * len(frame.names)
+    for menu, columns, taken in zip(menus, kept, counts, strict=True):
+        places = tuple(relaxed.index[k][1] for k in columns)
+        row = tuple(menu.options[o] for o in places)
+        filled = [i for i, n in enumerate(taken) for _ in range(n)]
+        for t, chosen in zip(menu.tables, filled, strict=True):
+            options[t], positions[t], choice[t] = row, places, chosen
+    problem = Problem(
+        frame.names,
+        tuple(options),
+        frame.hosts,
+        frame.host_size,
+        frame.capacity,
+        frame.phases,
+        limits,
+        frame.budgets,
+    )
+    compiled = compile_problem(problem)
+    work = Budget(min(time_limit, max(1.0, WORK_A_TABLE * len(frame.names) * 10)))
+    bound = max(relaxed.bound - frame.base, 1e-12)
+    best = Incumbent(choice=choice)
+    Polisher(compiled, bound, work, seed, relaxed.duals.cost).run(best, stop_gap)
+    if not best.placement:
+        return None
+    solution = _finish(problem, best, bound, work.work)
+    busy = [float(solution.extra[:, e].max()) for e, stretched in enumerate(frame.stretched) if stretched]
+    return Joint(problem, tuple(positions), solution, max([frame.base + solution.objective, *busy]), relaxed)
+
+
+def _finish(problem: Problem, best: Incumbent, bound: float, work: float) -> Solution:
+    placement = tuple(tuple(places) for places in best.placement)
+    loads, memory = evaluate(problem, best.choice, placement)
+    extra, spent = evaluate_extra(problem, best.choice, placement)
+    peaks = loads.max(axis=0)
+    assert memory.max() <= problem.capacity * (1 + 1e-9), "a placement exceeds the memory of a rank"
+    assert (extra <= np.asarray(problem.limits) * (1 + 1e-9)).all(), "a placement exceeds a limit of a rank"
+    assert (np.asarray(spent) <= np.asarray(problem.budgets) * (1 + 1e-9)).all(), "a choice exceeds a budget"
+    objective = float(peaks.sum())
+    return Solution(
+        choice=tuple(best.choice),
+        placement=placement,
+        objective=objective,
+        phase_max=tuple(float(x) for x in peaks),
+        lower_bound=min(bound, objective),
+        status="feasible",
+        bound_method="master program over priced columns (GLOP)",
+        loads=loads,
+        memory=memory,
+        work=work,
+        extra=extra,
+        spent=spent,
+    )
+
+
+def _whole_counts(
+    frame: Frame,
+    menus: Sequence[Menu],
+    relaxed: Relaxation,
+    kept: list[list[int]],
+    extra: tuple[float, ...],
+    tight: float,
+) -> list[list[int]] | None:
+    """Tables of each class that take each kept column."""
+    sizes = [len(menu.tables) for menu in menus]
+    columns = [relaxed.columns[k] for ks in kept for k in ks]
+    limits = replace(
+        relaxed.limits,
+        capacity=frame.capacity * tight,
+        extra=tuple(limit * tight for limit in extra),
+        stretched=(False,) * len(extra),
+    )
+    if len(menus) <= WHOLE_CLASSES:
+        counts = whole_choice(sizes, len(frame.phases), limits, columns)
+    else:
+        counts = _rounded(sizes, kept, relaxed, columns, limits)
+    if counts is None:
+        return None
+    made, at = [], 0
+    for ks in kept:
+        made.append(counts[at : at + len(ks)])
+        at += len(ks)
+    return made
+
+
+def _rounded(
+    sizes: Sequence[int],
+    kept: list[list[int]],
+    relaxed: Relaxation,
+    columns: Sequence[Column],
+    limits: Limits,
+) -> list[int] | None:
+    """The relaxation's point rounded by largest remainder, then repaired until sums keep the limits."""
+    counts: list[int] = []
+    for n, ks in zip(sizes, kept, strict=True):
+        values = [relaxed.values[k] for k in ks]
+        whole = [math.floor(v + 1e-9) for v in values]
+        rest = sorted(range(len(ks)), key=lambda i: (whole[i] - values[i], i))
+        for i in rest[: n - sum(whole)]:
+            whole[i] += 1
+        counts += whole
+    weights = _weights(columns, limits)
+    reduced = np.array([Master.reduced(made, relaxed.duals) for made in columns])
+    owner = np.array([made.owner for made in columns])
+    for _ in range(4 * len(columns)):
+        over = np.maximum(0.0, np.array(counts) @ weights - 1.0 - 1e-12)
+        if not over.any():
+            return counts
+        move = _relief(np.array(counts), weights, reduced, owner, over)
+        if move is None:
+            return None
+        counts[move[0]] -= 1
+        counts[move[1]] += 1
+    return None
+
+
+def _weights(columns: Sequence[Column], limits: Limits) -> np.ndarray:
+    """Fractions of memory, further limits and budgets that one table takes of the average rank's."""
+    return np.array(
+        [
+            [
+                made.memory / limits.capacity,
+                *(e / max(limit, 1e-300) for e, limit in zip(made.extra, limits.extra, strict=True)),
+                *(c / max(budget, 1e-300) for c, budget in zip(made.cost, limits.budgets, strict=True)),
+            ]
+            for made in columns
+        ]
+    )
+
+
+def _relief(
+    counts: np.ndarray, weights: np.ndarray, reduced: np.ndarray, owner: np.ndarray, over: np.ndarray
+) -> tuple[int, int] | None:
+    """The change of one table's column that relieves what is exceeded at the least reduced cost."""
+    best: tuple[float, int, int] | None = None
+    for i in np.flatnonzero(counts > 0):
+        for j in np.flatnonzero(owner == owner[i]):
+            gain = float(np.minimum(weights[i] - weights[j], over)[over > 0].sum())
+            if gain > 1e-15:
+                price = (max(0.0, float(reduced[j] - reduced[i])) + 1e-15) / gain
+                if best is None or price < best[0]:
+                    best = price, int(i), int(j)
+    return None if best is None else best[1:]
