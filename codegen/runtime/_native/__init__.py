@@ -1,8 +1,11 @@
-"""Builds and loads ``kernels.c``, or says why it cannot; nothing depends on it for correctness.
+"""Builds and loads C files of this folder, or says why it cannot; nothing depends on them for correctness.
+
+``kernels.c`` holds the quantizers, ``pages.c`` the page files and caches of tiered tables,
+``codecs.c`` the error-bounded codecs.
 
 The first use on a machine compiles one C file with the system's compiler into a per-user cache; later
 processes load it from there. No compiler, no writable cache, or ``SHARDWRIGHT_NATIVE=0`` mean that
-:func:`load` returns None and callers take the torch path, which gives the same bits.
+:func:`load` returns None and callers take the torch (or numpy) path, which gives the same bits.
 
 * The file's name carries a digest of the source, the compiler, the flags and the processor, so that a home
   directory shared by different machines never mixes their code.
@@ -59,6 +62,18 @@ def load() -> ctypes.CDLL | None:
     return library if isinstance(library, ctypes.CDLL) else None
 
 
+def load_file(source: Path) -> ctypes.CDLL | None:
+    """The compiled form of another C file, or None. Thread-safe; builds at most once."""
+    with _lock:
+        if source.name not in _state:
+            library, why = _load(source)
+            _state[source.name] = library
+            if library is None:
+                _log.info("%s is not used: %s", source.name, why)
+        found = _state[source.name]
+    return found if isinstance(found, ctypes.CDLL) else None
+
+
 def reject(why: str) -> None:
     """Stop using the library in this process (its results were found to differ)."""
     with _lock:
@@ -72,7 +87,8 @@ def reason() -> str:
     return str(_state["reason"] or "")
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
+def _load(source: Path | None = None) -> tuple[ctypes.CDLL | None, str]:
+    source = source or SOURCE
     if os.environ.get("SHARDWRIGHT_NATIVE", "1") == "0":
         return None, "SHARDWRIGHT_NATIVE=0"
     found = (shutil.which(name) for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name)
@@ -82,14 +98,14 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         folder = _cache_folder()
         for flags in (("-march=native",), ("-mcpu=native",), ()):
-            binary = folder / f"kernels-{_digest(compiler, flags)}.so"
-            if binary.exists() or _compile(compiler, flags, binary):
+            binary = folder / f"{source.stem}-{_digest(compiler, flags, source)}.so"
+            if binary.exists() or _compile(compiler, flags, binary, source):
                 library = ctypes.CDLL(str(binary))
-                if library.shardwright_abi() == ABI_VERSION:
+                if source != SOURCE or library.shardwright_abi() == ABI_VERSION:
                     return library, ""
     except OSError as error:
         return None, f"the kernels cannot be built or loaded: {error}"
-    return None, f"{compiler} does not compile {SOURCE.name}"
+    return None, f"{compiler} does not compile {source.name}"
 
 
 def _cache_folder() -> Path:
@@ -116,7 +132,7 @@ def _processor() -> str:
     return "\n".join([platform.machine(), platform.processor(), *(first.get(key, "") for key in wanted)])
 
 
-def _digest(compiler: str, flags: tuple[str, ...]) -> str:
+def _digest(compiler: str, flags: tuple[str, ...], source: Path) -> str:
     status = os.stat(compiler)
     parts = [
         compiler,
@@ -127,14 +143,14 @@ def _digest(compiler: str, flags: tuple[str, ...]) -> str:
         sys.platform,
         _processor(),
     ]
-    return hashlib.sha256(SOURCE.read_bytes() + "\0".join(parts).encode()).hexdigest()[:24]
+    return hashlib.sha256(source.read_bytes() + "\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> bool:
+def _compile(compiler: str, flags: tuple[str, ...], path: Path, source: Path) -> bool:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
-        command = [compiler, *_STRICT, *flags, "-o", temporary, str(SOURCE)]
+        command = [compiler, *_STRICT, *flags, "-o", temporary, str(source)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False)
         if done.returncode:
             _log.debug("%s failed: %s", " ".join(command), done.stderr)
