@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from ir.compression import Compression
 from ir.dedup import DedupPlan
 from ir.format_plan import FormatPlan
+from ir.parallelism import Parallelism
 from ir.reading import STRICT
 from ir.tier_plan import TierPlan
 from ir.towers import TowerDecision
@@ -28,6 +29,7 @@ class Decisions:
     compression: Compression | None = None
     dedup: DedupPlan | None = None
     formats: FormatPlan | None = None
+    parallelism: Parallelism | None = None
     tiers: TierPlan | None = None
     towers: TowerDecision | None = None
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, ConfigDict, Field
 
+from ir.decoder import LlmWorkload
 from ir.errors import InputError
 from ir.reading import STRICT, digest, dump_record, parse_record
 from ir.sessions import SessionStats
@@ -85,6 +86,7 @@ class Workload:
     dedup: dict[str, Annotated[float, Field(ge=1, le=1e6)]] = field(default_factory=dict)
     sessions: SessionStats | None = None  # how samples repeat within a session; None: unknown
     origin: str = "defaults"  # "defaults", "file", "measured from N batches"
+    llm: LlmWorkload | None = None  # for decoders, whose sample is a sequence
 
     def stats(self, feature: str) -> FeatureStats:
         """Statistics of ``feature``, the documented defaults when it is not listed."""
