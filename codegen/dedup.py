@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ir.errors import InputError
 from ir.plan import Plan
+from ir.torchrec_rules import deduplication_excludes
 
 if TYPE_CHECKING:
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -19,20 +20,20 @@ def deduplicator(plan: Plan) -> Callable[[KeyedJaggedTensor], KeyedJaggedTensor]
     return pooled embeddings of all samples for it, so the model stays as it is.
 
     Raises:
-        InputError: the plan deduplicates nothing, or holds data-parallel tables, whose dense kernel in
-            TorchRec takes no deduplicated input.
+        InputError: the plan deduplicates nothing, or holds tables of a type that TorchRec cannot feed so.
     """
     from codegen.runtime.dedup.ikjt import InverseKeyedJaggedTensor
 
     section = plan.decisions.dedup
     if section is None or not section.chosen:
         raise InputError("the plan deduplicates no feature; compile it with the workload's sessions")
-    copied = [table.name for table in plan.table_plans if table.sharding_type == "data_parallel"]
-    if copied:
-        raise InputError(
-            f"table {copied[0]!r} is data_parallel, which TorchRec cannot feed with deduplicated input; compile "
-            "again without it"
-        )
+    refused = deduplication_excludes(plan.topology.device.kind)
+    for table in plan.table_plans:
+        if table.sharding_type in refused:
+            raise InputError(
+                f"table {table.name!r} is {table.sharding_type}, which TorchRec cannot feed with deduplicated "
+                f"batches on a {plan.topology.device.kind}; compile again without it"
+            )
     groups = [group.features for group in section.chosen]
 
     def deduplicate(batch: KeyedJaggedTensor) -> KeyedJaggedTensor:

@@ -39,6 +39,7 @@ class Data:
     dense: Floats  # (N, dense features)
     labels: Floats  # (N,), 1 for a rating of 4 or 5
     train: int  # the first so many samples are for training
+    times: Ints  # (N,) seconds since 1970
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -133,7 +134,8 @@ def load() -> Data:
     rows = {name: len(codes) for name, codes in code.items()} | {"age": len(AGE_BUCKETS) + 1}
     labels = np.asarray([float(row["rating"]) >= 4 for row in ratings], np.float32)
     dense = _dense(ratings, of_user, of_item, labels, len(known))
-    return Data(ids, rows, dense, labels, len(known))
+    times = np.asarray([int(float(row["timestamp"])) for row in ratings], np.int64)
+    return Data(ids, rows, dense, labels, len(known), times)
 
 
 def _split(ratings: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from ir.constraints import ShardingType
 from ir.sharding import COLUMN_MULTIPLE, COLUMN_SPLIT, ROW_SPLIT, ShardingOption
 
 Kernel = Literal["dense", "fused"]
@@ -96,3 +97,13 @@ def stackable(widths: Sequence[int], kernel: Kernel) -> bool:
     if kernel == "dense":
         return len(set(widths)) <= 1
     return not widths or widths[0] * len(widths) <= sum(widths)
+
+
+def deduplication_excludes(device: str) -> frozenset[ShardingType]:
+    """Sharding types that take no batch with a stride per key.
+
+    The dense kernel of data-parallel tables refuses it. Row splits gather gradients whose size differs
+    from rank to rank, which NCCL does and gloo refuses.
+    """
+    never: frozenset[ShardingType] = frozenset({"data_parallel"})
+    return never | ROW_SPLIT if device == "cpu" else never

@@ -14,7 +14,7 @@ from ir.errors import InfeasibleError
 from ir.ops import EmbeddingTable
 from ir.sharding import COLUMN_SPLIT, ShardingOption, even_widths
 from ir.topology import Topology
-from ir.torchrec_rules import torchrec_supported
+from ir.torchrec_rules import deduplication_excludes, torchrec_supported
 from ir.workload import Workload
 
 # Column counts tried: powers of two and their midpoints, so that neighbours differ by at most 1.5x.
@@ -77,8 +77,8 @@ def _not_offered(
 ) -> str:
     """Why a sharding type makes no sense here; empty if it does."""
     world, hosts, host_size = topology.world_size, topology.hosts, topology.host_size
-    if kind == "data_parallel" and workload.dedup:
-        return "TorchRec's dense kernel takes no deduplicated input"
+    if workload.dedup and kind in deduplication_excludes(topology.device.kind):
+        return f"TorchRec cannot feed {kind} tables on a {topology.device.kind} with deduplicated batches"
     if world == 1 and kind != "table_wise" and not explicit:
         return "one rank holds every table whole"
     if kind in ("table_row_wise", "table_column_wise") and hosts == 1 and not explicit:

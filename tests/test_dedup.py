@@ -18,9 +18,9 @@ from codegen.runtime.dedup.ikjt import InverseKeyedJaggedTensor
 from codegen.runtime.dedup.sessions import session_batches
 from codegen.runtime.launch import launch
 from cost_models.dedup import dedupe_factor
-from ir.constraints import Constraints
+from ir.constraints import Constraints, ShardingType, TableConstraint
 from ir.dedup import DedupRequest
-from ir.errors import InputError
+from ir.errors import InfeasibleError, InputError
 from ir.session_stats import sessions_from_batches
 from ir.sessions import SessionGroup, SessionStats
 
@@ -174,7 +174,7 @@ def test_pass_takes_what_pays_and_the_step_gets_shorter() -> None:
     assert names[0] not in {f for g in kept.decisions.dedup.chosen for f in g.features}
 
 
-@pytest.mark.parametrize("types", [("table_wise",), ("row_wise", "column_wise")])
+@pytest.mark.parametrize("types", [("table_wise",), ("column_wise", "table_wise")])
 def test_sharded_run_on_deduplicated_batches_equals_the_unsharded_model(types: tuple[str, ...]) -> None:
     answers = launch(RANK, 2, {"types": list(types)}, timeout=240)
     for answer in answers:
@@ -193,3 +193,16 @@ def test_verifier_refuses_a_wrong_factor() -> None:
     wrong = replace(section.groups[0], factor=99.0)
     bad = replace(plan, decisions=replace(plan.decisions, dedup=replace(section, groups=(wrong,))))
     assert any(f.check == "dedup" and not f.ok for f in planner.verify(bad))
+
+
+def test_types_that_cannot_take_deduplicated_batches_are_refused() -> None:
+    plain = planner.compile("dlrm-small", "local-2", constraints=pinned("row_wise"))
+    stats = SessionStats(16.5, (SessionGroup(tuple(features_of(plain)), 0.99),))
+    with pytest.raises(InfeasibleError, match="row_wise tables on a cpu with deduplicated"):
+        planner.compile(
+            "dlrm-small", "local-2", replace(plain.workload, sessions=stats), constraints=pinned("row_wise")
+        )
+
+
+def pinned(kind: ShardingType) -> Constraints:
+    return Constraints(tables={"*": TableConstraint(sharding_types=(kind,))})
