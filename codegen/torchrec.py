@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
+from codegen.torchrec_formats import set_formats
 from ir.errors import InputError
 from ir.plan import Plan, Shard, TablePlan
 from ir.workload import Optimizer
@@ -163,6 +164,7 @@ def sharded_model(
     for note in notes(plan, name):
         log.info(note)
     collections = collections_of(module)
+    set_formats(plan, module, collections, device)
     decided = sharding_plan(plan, collections, device)
     fused, arguments = fused_optimizer(name, lr, eps)
     places = {table.name: locate(table, collections) for table in plan.table_plans}

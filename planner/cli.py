@@ -411,18 +411,23 @@ def topologies(name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("plan", type=click.Path())
-@click.option("--target", type=click.Choice(["torchrec"]), default="torchrec", show_default=True)
+@click.option("--target", type=click.Choice(["torchrec", "torchao"]), default="torchrec", show_default=True)
 @click.option("--model", "model", help="Where the script finds the model; default the one that was compiled.")
 @click.option("--output", "-o", type=click.Path(), help="Write here instead of printing.")
 @reports_errors
 def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
-    """Write what runs the plan: for torchrec, a training script for torchrun."""
+    """Write what runs the plan: a torchrec training script for torchrun, or torchao GEMM configurations."""
     from codegen.script import emit_torchrec
+    from codegen.torchao import emit_torchao
     from ir.plan import write_atomically
 
     loaded = _load(plan)
-    text = emit_torchrec(loaded, model or loaded.provenance.get("model") or loaded.model.name)
-    if output:
+    emitter = {"torchrec": emit_torchrec, "torchao": emit_torchao}[target]
+    text = emitter(loaded, model or loaded.provenance.get("model") or loaded.model.name)
+    if output and target == "torchao":
+        write_atomically(output, text)
+        click.echo(f"written to {output}; import it and call quantize_model(model)")
+    elif output:
         write_atomically(output, text)
         click.echo(
             f"written to {output}; run: torchrun --nproc-per-node {loaded.topology.host_size} {Path(output)}"

@@ -48,8 +48,16 @@ class Plan(ir.plan.Plan):
 
         return to_torchrec(self, module, **kwargs)
 
-    def apply(self, module: nn.Module, process_group: Any, **kwargs: Any) -> Any:
-        """``module`` sharded by this plan on ``process_group`` (a TorchRec DistributedModelParallel)."""
+    def apply(self, module: nn.Module, process_group: Any = None, **kwargs: Any) -> Any:
+        """``module`` as this plan runs it.
+
+        With a process group: sharded by TorchRec (:func:`codegen.torchrec.sharded_model`), tables in their
+        ``DataType``. Without one: in this process, in the plan's number formats (:func:`codegen.formats.apply`).
+        """
+        if process_group is None:
+            from codegen.formats import apply
+
+            return apply(self, module, **kwargs)
         from codegen.torchrec import sharded_model
 
         return sharded_model(self, module, process_group, **kwargs)
