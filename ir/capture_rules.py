@@ -147,6 +147,21 @@ def linear(x: object, weight: object, bias: object = None) -> Ruled:
     return empty((*x.shape[:-1], n), x.dtype), contraction(math.prod(x.shape[:-1]), k, n)
 
 
+def _attention(*args: Any, **kwargs: Any) -> Ruled:
+    """``scaled_dot_product_attention``: (..., L, E), (..., S, E) and (..., S, V) to (..., L, V)."""
+    options = {"dropout_p", "is_causal", "scale"}
+    if len(args) != 3 or set(kwargs) - options or not _floating(*args) or min(t.ndim for t in args) < 3:
+        return None
+    q, k, v = args
+    same = len({t.dtype for t in args}) == 1 and q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
+    if not same or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        return None
+    rows = float(math.prod(q.shape[:-1]))
+    scores = contraction(rows, int(q.shape[-1]), int(k.shape[-2]))
+    mixed = contraction(rows, int(k.shape[-2]), int(v.shape[-1]))
+    return empty((*q.shape[:-1], v.shape[-1]), q.dtype), Work(scores.flops + mixed.flops)
+
+
 def _reduce(*args: Any, **kwargs: Any) -> Ruled:
     """Sum or mean over named dimensions."""
     keep = bool(kwargs.pop("keepdim", False))
@@ -180,6 +195,7 @@ FUNCTIONS: dict[str, Rule] = {
     "bmm": _bmm,
     "mm": _mm,
     "linear": linear,
+    "scaled_dot_product_attention": _attention,
     "sum": _reduce,
     "mean": _reduce,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,19 @@ def test_reductions(name: str, shape: Any, dims: list[int], keep: bool) -> None:
     assume(len({d % len(shape) for d in dims}) == len(dims))
     agree(FUNCTIONS[name], getattr(torch, name), torch.ones(shape), dims, keepdim=keep)
     agree(FUNCTIONS[name], getattr(torch, name), torch.ones(shape), dim=dims[0])
+
+
+@settings(deadline=None, max_examples=60)
+@given(batch=st.lists(SIZES, min_size=1, max_size=2), q=SIZES, k=SIZES, e=SIZES, v=SIZES, odd=st.booleans())
+def test_attention(batch: Any, q: int, k: int, e: int, v: int, odd: bool) -> None:
+    tensors = [torch.ones(*batch, *shape) for shape in ((q, e), (k, e + odd), (k, v))]
+    rule = FUNCTIONS["scaled_dot_product_attention"]
+    ruled = rule(*tensors)
+    assert (ruled is None) == odd
+    if ruled is not None:
+        real = F.scaled_dot_product_attention(*tensors)
+        products = 2 * math.prod(batch) * q * k * (e + v)  # Q K^T, and the scores times V
+        assert (tuple(ruled[0].shape), ruled[1].flops) == (tuple(real.shape), products)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,23 @@ def common_dim(tables: Sequence[EmbeddingTable], bottom: Sequence[int]) -> int:
     return dims.pop()
 
 
+def vector_width(tables: Sequence[EmbeddingTable], bottom: Sequence[int]) -> tuple[int, int]:
+    """The width of all feature vectors, and how many of them the bottom MLP's output makes.
+
+    Raises:
+        InputError: tables of several dims, or an output that is no multiple of their dim.
+    """
+    dims = {table.dim for table in tables}
+    last = bottom[-1] if bottom else 0
+    if len(dims) != 1 or last < 1 or last % next(iter(dims)):
+        raise InputError(
+            f"the tables have dims {sorted(dims)} and the bottom MLP ends with {last}; an interaction needs one "
+            "width for all vectors, and a bottom MLP that ends with a multiple of it"
+        )
+    width = dims.pop()
+    return width, last // width
+
+
 def build_dlrm(
     *,
     tables: str | Sequence[Any] = "criteo_terabyte_variants.json#mlperf_v1_cap40M",

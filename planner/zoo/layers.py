@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from ir.ops import EmbeddingTable
 
 
-def mlp(sizes: Sequence[int], *, last_relu: bool, device: str | torch.device = "meta") -> nn.Sequential:
+def mlp(
+    sizes: Sequence[int],
+    *,
+    last_relu: bool,
+    device: str | torch.device = "meta",
+    activation: type[nn.Module] = nn.ReLU,
+) -> nn.Sequential:
     """Linear layers between ReLUs, from ``sizes[0]`` inputs to ``sizes[-1]`` outputs."""
     layers: list[nn.Module] = []
     for k, n in itertools.pairwise(sizes):
-        layers += [nn.Linear(k, n, device=device), nn.ReLU()]
+        layers += [nn.Linear(k, n, device=device), activation()]
     return nn.Sequential(*(layers if last_relu else layers[:-1]))
 
 
@@ -35,6 +41,29 @@ def below_diagonal(products: Tensor) -> Tensor:
     return products.flatten(1).index_select(1, row * n + column)
 
 
+def pairwise_dots(vectors: Tensor) -> Tensor:
+    """Dot products of all pairs of different vectors: (B, n, D) to (B, n (n - 1) / 2)."""
+    return below_diagonal(torch.bmm(vectors, vectors.transpose(1, 2)))
+
+
+def stack_vectors(dense: Tensor, sparse: Sequence[Tensor], dim: int) -> Tensor:
+    """The vectors of an interaction as one tensor: (B, m D) and F x (B, D) to (B, m + F, D)."""
+    return torch.unflatten(torch.cat([dense, *sparse], dim=1), 1, (-1, dim))
+
+
+class LinearOverVectors(nn.Module):
+    """W X, without a bias: (B, n, D) to (B, l, D), every new vector a weighted sum of the old ones."""
+
+    def __init__(self, vectors: int, out: int, device: str | torch.device = "meta") -> None:
+        super().__init__()
+        bound = vectors**-0.5  # that of nn.Linear
+        self.weight = nn.Parameter((torch.rand(out, vectors, device=device) * 2 - 1) * bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, D) to (B, l, D)."""
+        return torch.matmul(self.weight, x)
+
+
 class DotInteraction(nn.Module):
     """Dot products between all pairs of feature vectors, after the dense vector itself.
 
@@ -44,8 +73,7 @@ class DotInteraction(nn.Module):
     def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
         """(B, D) and F x (B, D) to (B, D + (F + 1) F / 2)."""
         vectors = torch.stack([dense, *sparse], dim=1)
-        products = torch.bmm(vectors, vectors.transpose(1, 2))
-        return torch.cat([dense, below_diagonal(products)], dim=1)
+        return torch.cat([dense, pairwise_dots(vectors)], dim=1)
 
 
 class LowRankCross(nn.Module):
