@@ -50,9 +50,9 @@ def find_layers(model: nn.Module) -> str | None:
     if not heads:
         return None
     for path, module in modules.items():
-        if isinstance(module, nn.ModuleList) and len(module) and _are_layers(module):
-            if not any(head.startswith(f"{path}.") for head in heads):
-                return path
+        outside = not any(head.startswith(f"{path}.") for head in heads)
+        if isinstance(module, nn.ModuleList) and len(module) and outside and _are_layers(module):
+            return str(path)
     return None
 
 
@@ -81,7 +81,9 @@ def capture_decoder(model: nn.Module, name: str | None = None, *, example_inputs
     """
     path = find_layers(model)
     if path is None:
-        raise InputError(f"{type(model).__name__} is no decoder: no layers between an embedding and a projection")
+        raise InputError(
+            f"{type(model).__name__} is no decoder: no layers between an embedding and a projection"
+        )
     layers = len(model.get_submodule(path))  # type: ignore[arg-type]
     inputs = example_inputs if example_inputs is not None else own_inputs(model, 1)
     if inputs is None:
@@ -185,7 +187,9 @@ class _Parts:
     def split(cls, ops: Sequence[Op], member: set[str]) -> _Parts:
         inside = [i for i, op in enumerate(ops) if op.name in member]
         if not inside or any(ops[i].name not in member for i in range(inside[0], inside[-1])):
-            raise InputError("the layers of the decoder do not follow one another; the planner cannot repeat one")
+            raise InputError(
+                "the layers of the decoder do not follow one another; the planner cannot repeat one"
+            )
         first, last = inside[0], inside[-1] + 1
         return cls(tuple(ops[:first]), tuple(ops[first:last]), tuple(ops[last:]))
 
@@ -196,7 +200,9 @@ class _Parts:
         outside = {name for op in self.layer for name in op.inputs} - own
         carried = [op.name for op in self.before if op.name in outside and op.out_shape == out.out_shape]
         if len(carried) != 1:
-            raise InputError("the layers of the decoder hand on more than one tensor; the planner cannot repeat one")
+            raise InputError(
+                "the layers of the decoder hand on more than one tensor; the planner cannot repeat one"
+            )
 
         def name(op: str, index: int) -> str:
             if op not in own:

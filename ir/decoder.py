@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -20,7 +20,9 @@ class LlmWorkload:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     sequence: Positive = 8192  # tokens: Llama 3 pre-training, arXiv 2407.21783, section 3.4.1
-    global_tokens: Positive = 16 * 2**20  # tokens a step over all ranks: the same, last stage of the batch schedule
+    global_tokens: Positive = 16 * 2**20  # a step, over all ranks: the same, last stage of its batch schedule
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of GEMMs and activations
+    optimizer: Literal["adam", "sgd"] = "adam"  # fp32 state: two moments or none, beside the fp32 weights
 
     @property
     def sequences(self) -> int:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import ir.plan
 from ir.constraints import Constraints
 from ir.errors import InputError
+from ir.llm import DecoderModel
 from ir.plan import ModelSummary
 from ir.program import Mode, Model, Objective, Options, Program
 from ir.reading import read_text
 from ir.topology import Topology
 from ir.workload import Workload
+from planner.decoders import decoder_inputs, decoder_pipeline
 from planner.plan import Plan
 
 if TYPE_CHECKING:
@@ -112,7 +114,11 @@ def compile(
         raise InputError(f"time_limit must be a positive number of seconds, not {time_limit!r}")
     machine = _machine(topology)
     captured, own_workload = _capture(model, name, example_inputs)
-    work, notes = _workload(workload, own_workload, captured, machine)
+    notes: tuple[str, ...] = ()
+    if isinstance(captured, DecoderModel):
+        captured, work = decoder_inputs(captured, workload, own_workload, mode)
+    else:
+        work, notes = _workload(workload, own_workload, captured, machine)
     program = Program(
         model=captured,
         topology=machine,
@@ -121,7 +127,8 @@ def compile(
         warnings=notes,
     )
     if passes is None:
-        passes = pipeline(_calibration(calibration, topology))
+        stages = decoder_pipeline if isinstance(captured, DecoderModel) else pipeline
+        passes = stages(_calibration(calibration, topology))
     program, _ = run_pipeline(program, passes, observers)
     return _plan(program, str(model) if isinstance(model, (str, Path)) else "")
 
@@ -154,9 +161,9 @@ def _capture(
 
         resolved = resolve(str(model))
         return (replace(resolved.model, name=name) if name else resolved.model), resolved.workload
-    from ir.capture import capture
+    from ir.capture_llm import capture_model
 
-    return capture(model, name=name, example_inputs=example_inputs), None
+    return capture_model(model, name=name, example_inputs=example_inputs), None
 
 
 def _workload(

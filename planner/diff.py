@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ir.plan import Plan, Shard, TablePlan
 from ir.units import format_bytes, format_seconds
+from planner.llm_render import describe
 from planner.render import grid
 
 
@@ -33,6 +34,7 @@ class PlanDiff:
     changes: tuple[TableChange, ...]
     unchanged: int
     same: bool  # the plans are equal, byte for byte
+    parallelism: tuple[str, str] = ("", "")  # layouts of decoders
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for ``--json``."""
@@ -42,6 +44,7 @@ class PlanDiff:
             "objective_seconds": list(self.objective),
             "peak_memory_bytes": list(self.peak_memory),
             "topology": list(self.topology),
+            "parallelism": list(self.parallelism),
             "unchanged_tables": self.unchanged,
             "changed_tables": [
                 {"table": c.name, "before": c.before, "after": c.after, "moved_bytes": c.moved_bytes}
@@ -70,6 +73,7 @@ def diff_plans(before: Plan, after: Plan) -> PlanDiff:
         changes=tuple(changes),
         unchanged=unchanged,
         same=before.digest == after.digest,
+        parallelism=(describe(before), describe(after)),
     )
 
 
@@ -95,7 +99,10 @@ def render_diff(diff: PlanDiff, limit: int = 20) -> RenderableType:
     if diff.same:
         return Text("the plans are identical")
     costs = grid("", ">before", ">after", ">change")
-    for name, (old, new) in (("step", diff.step), ("embedding time", diff.objective)):
+    for name, (old, new) in (
+        ("step", diff.step),
+        ("objective" if any(diff.parallelism) else "embedding time", diff.objective),
+    ):
         moved = f"{100 * (new - old) / old:+.1f} %" if old else "-"
         costs.add_row(name, format_seconds(old), format_seconds(new), moved)
     old_peak, new_peak = diff.peak_memory
@@ -107,6 +114,9 @@ def render_diff(diff: PlanDiff, limit: int = 20) -> RenderableType:
     )
     if diff.topology[0] != diff.topology[1]:
         costs.add_row("topology", *diff.topology, "")
+    if any(diff.parallelism):
+        costs.add_row("parallelism", *diff.parallelism, "" if len(set(diff.parallelism)) == 2 else "the same")
+        return Group(costs)
     groups: dict[tuple[str, str], list[TableChange]] = {}
     for change in diff.changes:
         groups.setdefault((change.before, change.after), []).append(change)

@@ -8,6 +8,7 @@ from rich.text import Text
 from ir.errors import InputError, did_you_mean
 from ir.plan import Plan, TablePlan
 from ir.units import format_bytes, format_count, format_seconds
+from planner.llm_render import explain_llm, explain_llm_rank
 from planner.render import grid, percent, signed, summary, table_list
 from planner.sections import render_sections
 
@@ -22,6 +23,8 @@ def find_table(plan: Plan, name: str) -> TablePlan:
 
 def explain_plan(plan: Plan, limit: int = 20) -> RenderableType:
     """Summary, the costliest tables, the fullest and the busiest ranks, and the assumptions."""
+    if plan.decisions.parallelism is not None:
+        return explain_llm(plan)
     return Group(
         summary(plan),
         Text(),
@@ -85,6 +88,8 @@ def explain_table(plan: Plan, name: str) -> RenderableType:
 
 def explain_rank(plan: Plan, rank: int) -> RenderableType:
     """What one rank holds: bytes by purpose and its shards."""
+    if plan.decisions.parallelism is not None:
+        return explain_llm_rank(plan, rank)
     if not 0 <= rank < plan.world_size:
         raise InputError(f"the plan has ranks 0..{plan.world_size - 1}, not {rank}")
     memory = plan.memory[rank]

@@ -23,7 +23,7 @@ from ir.errors import InputError, PlannerError, did_you_mean
 from ir.program import Model
 from ir.tables import load_tables
 from ir.workload import Workload
-from planner.zoo import build, zoo_names
+from planner.zoo import build, decoder_names, zoo_names
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,11 +50,12 @@ def resolve(source: str | Path, **overrides: Any) -> ResolvedModel:
         TraceError: model code that cannot be traced.
     """
     text = str(source)
-    if text in zoo_names():
-        from ir.capture import capture
+    known = (*zoo_names(), *decoder_names())
+    if text in known:
+        from ir.capture_llm import capture_model
 
         found = build(text, **overrides)
-        return ResolvedModel(capture(found.module, name=text), found.workload, found.module)
+        return ResolvedModel(capture_model(found.module, name=text), found.workload, found.module)
     if overrides:
         raise InputError(
             f"options such as {next(iter(overrides))!r} are for models of the zoo, {text!r} is none"
@@ -64,15 +65,15 @@ def resolve(source: str | Path, **overrides: Any) -> ResolvedModel:
         return ResolvedModel(model, workload, None)
     path, colon, function = text.rpartition(":")
     if colon and path.endswith(".py"):
-        from ir.capture import capture
+        from ir.capture_llm import capture_model
 
         module, inputs = load_module(path, function)
-        captured = capture(module, name=f"{Path(path).stem}:{function}", example_inputs=inputs)
+        captured = capture_model(module, name=f"{Path(path).stem}:{function}", example_inputs=inputs)
         return ResolvedModel(captured, None, module)
     if text.endswith(".py"):
         raise InputError(f"{text} needs the name of a callable that returns the model: {text}:build")
     raise InputError(
-        f"no model {text!r}{did_you_mean(text, zoo_names())}; name one of the zoo ({', '.join(zoo_names())}), "
+        f"no model {text!r}{did_you_mean(text, known)}; name one of the zoo ({', '.join(known)}), "
         "file.py:callable, or a table list file.json"
     )
 

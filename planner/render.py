@@ -52,6 +52,10 @@ def percent(part: float, whole: float) -> str:
 
 def summary(plan: ir.plan.Plan, events: bool = True) -> RenderableType:
     """One screen: the headline numbers, the certificate, the step, what was decided."""
+    if plan.decisions.parallelism is not None:
+        from planner.llm_render import llm_summary
+
+        return llm_summary(plan, events)
     parts: list[RenderableType] = [_headline(plan), Text()]
     if events and plan.timeline.events:
         parts += [Text("modelled step", style="bold"), timeline_chart(plan.timeline), Text()]

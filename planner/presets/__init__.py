@@ -17,6 +17,7 @@ from planner.presets import tiers as t
 
 MAX_HOSTS = 16384
 MAX_LOCAL_RANKS = 256
+LLAMA3_POD_HOSTS = 384  # 192 racks of 2 hosts: Llama 3, arXiv 2407.21783, section 3.3.1
 NVL72_HOSTS = 18  # trays of 4 GPUs that one NVLink domain joins: GB200 NVL72 data sheet
 
 
@@ -32,6 +33,8 @@ class Family:
         largest: devices a host can hold.
         what: one phrase for people.
         domain: hosts that the inner link joins (more than 1 for NVL72).
+        pod: hosts of a pod that the outer link joins; 0 joins any number.
+        spine: the link between pods, one device's share.
     """
 
     device: Device
@@ -41,6 +44,8 @@ class Family:
     largest: int
     what: str
     domain: int = 1
+    pod: int = 0
+    spine: Link | None = None
 
 
 FAMILIES: dict[str, Family] = {
@@ -64,6 +69,16 @@ FAMILIES: dict[str, Family] = {
     "b200": Family(d.B200, d.NVLINK5, d.IB_NDR, d.DDR5_H100, 8, "B200 SXM, NVLink 5, 400 Gbit/s a GPU"),
     "gb200": Family(
         d.GB200, d.NVLINK5, d.IB_NDR, d.LPDDR_GB200, 4, "GB200, NVLink 5 over up to 18 trays", NVL72_HOSTS
+    ),
+    "llama3-roce": Family(
+        d.H100,
+        d.NVLINK4,
+        d.ROCE_POD,
+        d.DDR5_H100,
+        8,
+        "Meta's Llama 3 cluster: H100, 400 Gbit/s RoCE, pods of up to 384 hosts, 1:7 between them",
+        pod=LLAMA3_POD_HOSTS,
+        spine=d.ROCE_SPINE,
     ),
     "l40s": Family(
         d.L40S, d.PCIE4, d.IB_EDR, d.DDR5_PCIE, 10, "L40S with peer access through PCIe 4 switches"
@@ -102,7 +117,11 @@ def _cluster(name: str, family: Family, hosts: int, devices: int) -> Topology:
     if family.domain > 1:
         levels.append(Level("pod", joined, family.inner))
         hosts //= joined
-    if family.domain == 1 or hosts > 1:
+    if family.spine is not None and hosts > family.pod:
+        # a job in equal parts of as few pods as its hosts divide into
+        part = max(size for size in range(1, family.pod + 1) if hosts % size == 0)
+        levels += [Level("pod", part, family.outer), Level("cluster", hosts // part, family.spine)]
+    elif family.domain == 1 or hosts > 1:
         levels.append(Level("cluster", hosts, family.outer))
     return Topology(name=name, device=family.device, levels=tuple(levels), host_tiers=family.host)
 

@@ -119,6 +119,18 @@ IB_EDR = Link("ib-edr-100", 12.5e9, _NET_HOP, "100 Gbit/s; one NIC for each GPU"
 IB_EDR_HALF = Link("ib-edr-50", 6.25e9, _NET_HOP, "4 NICs of 100 Gbit/s for 8 GPUs: DGX-1")
 IB_HDR = Link("ib-hdr-200", 25e9, _NET_HOP, "200 Gbit/s; one NIC for each GPU: DGX A100")
 IB_NDR = Link("ib-ndr-400", 50e9, _NET_HOP, "400 Gbit/s; one NIC for each GPU: DGX H100, DGX B200")
+ROCE_POD = Link(
+    "roce-400",
+    50e9,
+    _NET_HOP,
+    "400 Gbit/s a GPU, full bisection in a pod: Llama 3, arXiv 2407.21783, section 3.3.1",
+)
+ROCE_SPINE = Link(
+    "roce-400-spine",
+    50e9 / 7,
+    30e-6,
+    "aggregation oversubscribed 1:7, hops of up to tens of microseconds: Llama 3, arXiv 2407.21783, section 3.3.1",
+)
 
 
 def host_memory(capacity_gb: int, bandwidth_gb: float, source: str) -> tuple[MemoryTier, ...]:
