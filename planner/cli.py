@@ -14,7 +14,9 @@ import click
 
 from ir.errors import InfeasibleError, InputError, PlannerError
 from planner.calibrate_cli import calibrate
+from planner.decoders import decoder_pipeline, with_tokens
 from planner.formats_cli import formats
+from planner.whatif_cli import whatif
 
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
@@ -95,6 +97,8 @@ def cli() -> None:
     help="Minimise the modelled embedding time, or the slowest rank's total.",
 )
 @click.option("--batch", type=int, help="Global batch, instead of the workload's.")
+@click.option("--sequence", type=click.IntRange(min=1), help="Decoders: tokens of a sequence.")
+@click.option("--global-tokens", type=click.IntRange(min=1), help="Decoders: tokens of a step.")
 @click.option("--time-limit", type=float, default=30.0, show_default=True, help="Solver work, about seconds.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", "-o", type=click.Path(), help="Write the plan here.")
@@ -113,6 +117,8 @@ def compile(
     mode: Any,
     objective: Any,
     batch: int | None,
+    sequence: int | None,
+    global_tokens: int | None,
     time_limit: float,
     seed: int,
     output: str | None,
@@ -133,7 +139,7 @@ def compile(
     clock = _PassClock()
     if time_passes:
         observers.append(clock)
-    work = _read_workload(workload, batch, model)
+    work = with_tokens(_read_workload(workload, batch, model), sequence, global_tokens)
     plan: Plan = api.compile(
         model,
         topology,
@@ -179,7 +185,7 @@ class _PassClock:
 def _ir_printer(wanted: str) -> Callable[[str, Any], None]:
     from passes.pipeline import PIPELINE
 
-    names = ["capture", *(step.name for step in PIPELINE)]
+    names = ["capture", *(step.name for step in (*PIPELINE, *decoder_pipeline()))]
     if wanted != "all" and wanted not in names:
         raise InputError(f"there is no pass {wanted!r}; choose one of {', '.join(names)} or all")
 
@@ -257,6 +263,11 @@ def explain(plan: str, table: str | None, rank: int | None, show_all: bool, as_j
                 t.name: {"option": t.option, "reason": t.reason, "seconds": t.terms}
                 for t in loaded.table_plans
             },
+            **(
+                {"parallelism": dump_record(loaded.decisions.parallelism)}
+                if loaded.decisions.parallelism is not None
+                else {}
+            ),
         }
     if as_json:
         click.echo(json.dumps(data))
@@ -368,9 +379,9 @@ def run(
 def models(as_json: bool) -> None:
     """The models of the zoo."""
     from planner.render import grid
-    from planner.zoo import descriptions
+    from planner.zoo import decoder_descriptions, descriptions
 
-    known = descriptions()
+    known = {**descriptions(), **decoder_descriptions()}
     if as_json:
         click.echo(json.dumps(known))
         return
@@ -438,3 +449,4 @@ def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
 
 cli.add_command(calibrate)
 cli.add_command(formats)
+cli.add_command(whatif)

@@ -1,0 +1,91 @@
+"""``planner whatif``: change an input of a plan, plan again, and see the difference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("plan", type=click.Path())
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="hosts=8, link.inter=100Gbps, hbm=141GB, ...",
+)
+@click.option("--model", help="What the plan was compiled from, where the plan does not say.")
+@click.option("--calibration", type=click.Path(), help="Constants from planner calibrate.")
+@click.option("--output", "-o", type=click.Path(), help="Write the new plan here.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def whatif(
+    plan: str,
+    settings: tuple[str, ...],
+    model: str | None,
+    calibration: str | None,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    """Plan again with some inputs of PLAN changed; without --set, how the step depends on each assumption."""
+    from planner.cli import reports_errors
+
+    reports_errors(_whatif)(
+        plan=plan, settings=settings, model=model, calibration=calibration, output=output, as_json=as_json
+    )
+
+
+def _whatif(
+    *,
+    plan: str,
+    settings: tuple[str, ...],
+    model: str | None,
+    calibration: str | None,
+    output: str | None,
+    as_json: bool,
+) -> None:
+    import json
+
+    from planner.calibrate import load_calibration
+    from planner.cli import show
+    from planner.diff import diff_plans, render_diff
+    from planner.plan import Plan
+    from planner.whatif import parse_settings, sensitivity
+    from planner.whatif import whatif as plan_again
+
+    before = Plan.load(plan)
+    constants = load_calibration(calibration) if calibration else None
+    if not settings:
+        found = sensitivity(before, model=model, calibration=constants)
+        if as_json:
+            rows = [{"name": s.name, "value": s.value, "worse": s.worse, "better": s.better} for s in found]
+            click.echo(json.dumps({"step_seconds": before.timeline.step, "sensitivity": rows}))
+        else:
+            show(_sensitivity_table(before, found))
+        return
+    after = plan_again(before, parse_settings(settings), model=model, calibration=constants)
+    if output:
+        after.save(output)
+    difference = diff_plans(before, after)
+    if as_json:
+        click.echo(json.dumps(difference.to_dict()))
+    else:
+        show(render_diff(difference))
+        if output:
+            click.echo(f"\nwritten to {output}")
+
+
+def _sensitivity_table(plan: Any, found: Any) -> Any:
+    from ir.units import format_seconds
+    from planner.render import grid, signed
+
+    step = plan.timeline.step
+    table = grid("assumption", ">value", ">10 % worse", ">10 % better")
+    for row in found:
+        table.add_row(row.name, row.value, signed(row.worse - step), signed(row.better - step))
+    table.title = (
+        f"modelled step {format_seconds(step)}: what a tenth of each assumption does, plan unchanged"
+    )
+    table.title_justify = "left"
+    return table
