@@ -16,6 +16,7 @@ from ir.errors import InfeasibleError, InputError, PlannerError
 from planner.calibrate_cli import calibrate
 from planner.decoders import decoder_pipeline, with_tokens
 from planner.formats_cli import formats
+from planner.trace_cli import trace
 from planner.whatif_cli import whatif
 
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -450,3 +451,4 @@ def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
 cli.add_command(calibrate)
 cli.add_command(formats)
 cli.add_command(whatif)
+cli.add_command(trace)
