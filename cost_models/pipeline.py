@@ -11,11 +11,13 @@ gpipe             (p-1)(f+b+w)             m                        2 (p-1) c
 1f1b              (p-1)(f+b+w)             min(m, p-r)              2 (p-1) c (1 + (m-1)/p)
 interleaved_1f1b  (p-1)(f+b+w)             min(Vm, 2(p-r-1) +       2 (p-1) c + (V-1)(max(0, pc - (N-p) f)
                                            (V-1) N + 1)             + max(0, pc - (N-p)(b+w)))
-zero_bubble       (p-1)(f+max(0, b-w))     as 1f1b or interleaved   as 1f1b or interleaved
+zero_bubble       (p-1)(f+                 as 1f1b or interleaved   as 1f1b or interleaved
+                  max(0, b-min(f,w)))
 ================= ======================== ======================== =======================================
 
 The time is m max_r sum_v (f+b+w) + bubble + messages, with the chunk of most seconds in the bubble. For
-equal chunks without messages it is exact, else at most some per cent above a simulation of the schedule.
+equal chunks without messages it is exact (zero_bubble: within 6 % from p micro-batches on); with messages or
+a light first and last chunk of three or more ranks it is within some per cent of a simulation of the schedule.
 "In flight" counts chunks of micro-batches whose activations are held. Under zero_bubble rank r defers r
 weight gradients (the H1 schedule), which hold their inputs and the gradients of their outputs.
 
@@ -95,7 +97,7 @@ def pipeline_seconds(pipe: Pipeline, slowest: float, widest: ChunkSeconds, messa
 def idle_seconds(pipe: Pipeline, chunk: ChunkSeconds) -> float:
     """Bubble of one other rank: what filling and draining past it costs."""
     if pipe.split_backward:
-        return chunk.forward + max(0.0, chunk.backward - chunk.weight)
+        return chunk.forward + max(0.0, chunk.backward - min(chunk.weight, chunk.forward))
     return chunk.total
 
 
