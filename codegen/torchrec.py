@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from codegen.compressed import sharders
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
 from codegen.torchrec_formats import set_formats
 from ir.errors import InputError
@@ -151,8 +152,6 @@ def sharded_model(
         _apply_optimizer_in_backward,
     )
     from torchrec.distributed import DistributedModelParallel
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.types import ShardingEnv
 
     from codegen.runtime.optimizers import dense_counterpart, fused_optimizer
@@ -180,7 +179,7 @@ def sharded_model(
         env=ShardingEnv.from_process_group(group),
         device=target,
         plan=decided,
-        sharders=[EmbeddingBagCollectionSharder(), EmbeddingCollectionSharder()],
+        sharders=sharders(plan, device),
     )
     if kept is not None:
         # TorchRec draws new weights for the shards of a table on the CPU; give it back its own

@@ -11,7 +11,6 @@ over the first iterations. Bounds, thresholds and classes are this project's own
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -75,7 +74,7 @@ def codec_of(name: str) -> Codec:
 def fixed_row_bytes(name: CodecName, dim: int) -> float:
     """Bytes of one vector under a fixed-rate codec (or none); raises InputError for the others.
 
-    fp8 4 more for its scale; int8 8 more (fp32 scale and bias); mx4 17 bytes for each started block of 32.
+    fp8 4 more for its scale; int8 8 more (fp32 scale and bias); mx4 17 bytes for 32 elements.
     """
     if name == "none":
         return 4.0 * dim
@@ -86,8 +85,37 @@ def fixed_row_bytes(name: CodecName, dim: int) -> float:
     if name == "int8":
         return dim + 8.0
     if name == "mx4":
-        return 17.0 * math.ceil(dim / 32)
+        return dim * 17 / 32
     raise InputError(f"codec {name!r} has no fixed rate")
+
+
+def torchrec_row_bytes(name: CodecName, dim: int) -> float:
+    """Bytes of one vector under TorchRec's quantised communication; raises InputError for other codecs.
+
+    Unlike here, int8 has rows of 32 elements and fp8 no scale (source: fbgemm_gpu.quantize_comm 1.8,
+    ROW_DIM_DEFAULT and calc_quantized_size).
+    """
+    if name == "int8":
+        return dim * 40 / 32
+    if name == "fp8":
+        return float(dim)
+    return fixed_row_bytes(name, dim)
+
+
+def torchrec_refuses(name: CodecName, device: str, row_split: bool) -> str:
+    """Why TorchRec 1.8 does not run a codec as it is named; empty if it does.
+
+    ``row_split``: a table of the exchange has its rows split, so that outputs are summed on the way.
+    """
+    if name not in ("none", "fp16", "bf16", "fp8", "int8", "mx4"):
+        return "TorchRec's messages have a fixed size"
+    if device == "cpu" and name == "bf16":
+        return "on a CPU TorchRec replaces bf16 by fp16"
+    if device == "cpu" and name == "fp8":
+        return "FBGEMM has no fp8 kernel for CPUs"
+    if row_split and name in ("fp8", "int8", "mx4"):
+        return "sums over row blocks are exchanged, for which TorchRec has fp16 and bf16 only"
+    return ""
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -117,8 +145,9 @@ class BoundSample:
     bound: RelativeBound
     entropy: NotNegative  # bits of one code, all vectors
     literal_entropy: NotNegative  # bits of one code, distinct vectors only
-    width: Annotated[int, Field(ge=0, le=32)]  # bits of the range of codes
+    width: Annotated[float, Field(ge=0, le=32)]  # bits of the range of codes, mean
     homogenisation: Annotated[float, Field(ge=0, le=1)]  # share of distinct vectors lost by quantising
+    error: NotNegative  # relative squared error
     table: NotNegative = 0.0  # bytes of the table of frequencies, all vectors
     literal_table: NotNegative = 0.0  # the same, distinct vectors only
 

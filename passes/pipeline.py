@@ -10,6 +10,7 @@ from cost_models.calibration import Calibration
 from ir.program import Program
 from ir.verifier import verify_program
 from passes.base import Pass
+from passes.compression import CompressionBounds
 from passes.dedup import Dedup
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
@@ -25,6 +26,7 @@ def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
         Dedup(calibration),  # changes the traffic that sharding prices
         Sharding(calibration),
         MemoryAccounting(),  # needs the shards
+        CompressionBounds(calibration),  # needs the shards, changes what the step waits for
         StepTimeline(calibration),  # needs the time of each phase, which the shards decide
     )
 

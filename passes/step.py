@@ -12,6 +12,7 @@ from cost_models.step import step_timeline
 from ir.plan import Assumption
 from ir.program import Program
 from ir.units import format_bandwidth, format_seconds
+from passes.compression import compressed_phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class StepTimeline:
         }
         overheads = phase_overheads(topology, workload, calibration, mode)
         phases = {phase: seconds + overheads[phase] for phase, seconds in slowest.items()}
+        phases = compressed_phases(phases, program.decisions.compression)
         timeline = step_timeline(program.model, phases, topology, workload, calibration, mode)
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
 

@@ -52,15 +52,19 @@ class Plan(ir.plan.Plan):
         """``module`` as this plan runs it.
 
         With a process group: sharded by TorchRec (:func:`codegen.torchrec.sharded_model`), tables in their
-        ``DataType``. Without one: in this process, in the plan's number formats (:func:`codegen.formats.apply`).
+        ``DataType``; where the plan compresses exchanges by error-bounded codecs, by
+        :func:`codegen.compressed.compressed_model`. Without one: in this process, in the plan's number formats
+        (:func:`codegen.formats.apply`).
         """
         if process_group is None:
             from codegen.formats import apply
 
             return apply(self, module, **kwargs)
+        from codegen.compressed import compressed_model, runs_exchange
         from codegen.torchrec import sharded_model
 
-        return sharded_model(self, module, process_group, **kwargs)
+        run = compressed_model if runs_exchange(self) else sharded_model
+        return run(self, module, process_group, **kwargs)
 
     def _repr_html_(self) -> str:
         from planner.render import summary, to_html

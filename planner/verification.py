@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ir.ops import EmbeddingTable
 from ir.plan import EVERY_RANK, FORMAT_VERSION, Plan, Shard, TablePlan
 from ir.units import format_bytes
+from planner.verify_compression import compression_faults
 from planner.verify_dedup import check_dedup
 
 _WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -48,6 +49,7 @@ def verify(plan: Plan, tables: tuple[EmbeddingTable, ...] | None = None) -> tupl
         ("certificate", _certificate),
         ("timeline", _timeline),
         ("dedup", check_dedup),
+        ("compression", compression_faults),
     ]
     findings = []
     for name, check in checks:

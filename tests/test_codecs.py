@@ -96,7 +96,7 @@ def test_what_is_not_finite_is_carried_exactly(x: Tensor, codec: str) -> None:
 
 @needs_compiler
 @QUICK
-@given(matrices(), st.sampled_from((*BOUNDED, "lz")), bounds)
+@given(matrices(), st.sampled_from((*BOUNDED, "lz", "int8")), bounds)
 def test_both_paths_write_and_read_the_same_bytes(x: Tensor, codec: str, bound: float) -> None:
     fast = encode(x, codec, bound)
     values = decode(fast, *x.shape)

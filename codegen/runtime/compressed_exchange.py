@@ -229,6 +229,10 @@ class ShardedEmbeddings(nn.Module):
             for count, part in zip(counts, torch.split(received, lengths), strict=True)
         ]
 
+    def held(self) -> list[tuple[Piece, nn.Parameter]]:
+        """The pieces of this rank alone, with their parameters."""
+        return [(piece, self.weights[piece.key]) for piece in self.by_rank[self.rank]]
+
     def replicated(self) -> list[nn.Parameter]:
         """Parameters of tables that every rank holds; their gradients want :func:`average_gradients`."""
         return [self.weights[piece.key] for piece in self.copies]

@@ -4,6 +4,7 @@
  * double (no contraction), so both paths make the same codes. Every read of a payload is bounds-checked: a
  * payload may come from anywhere.
  */
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -429,4 +430,37 @@ int64_t shardwright_codec_decode(const uint8_t *in, int64_t size, float *x, int6
     const int result = codes && refs ? decode(&r, x, rows, d, eb, stages, codes, refs) : NO_MEMORY;
     free(codes); free(refs);
     return result;
+}
+
+/* ---- FBGEMM's fused 8-bit rows (mx_rowwise.py): d codes, then scale and bias ---- */
+
+/* Returns 0, or 1 if a scale or bias is not finite (out is then not whole). */
+int32_t shardwright_int8_encode(const float *x, int64_t rows, int64_t d, uint8_t *out) {
+    for (int64_t r = 0; r < rows; r++, x += d, out += d + 8) {
+        float low = x[0], high = x[0], poison = 0;
+        for (int64_t i = 0; i < d; i++) {
+            low = x[i] < low ? x[i] : low;
+            high = x[i] > high ? x[i] : high;
+            poison += x[i] * 0.0f; /* NaN once a value is not finite */
+        }
+        const float span = high - low, scale = span / 255.0f, inverse = 255.0f / (span + 1e-8f);
+        if (!(poison == 0.0f) || !(span <= 3.402823466e38f)) return 1;
+        for (int64_t i = 0; i < d; i++) {
+            float step = (x[i] - low) * inverse; /* at least 0 */
+            step = step > 255.0f ? 255.0f : step;
+            out[i] = (uint8_t)(int32_t)((step + 8388608.0f) - 8388608.0f); /* 2^23: to the nearest even */
+        }
+        memcpy(out + d, &scale, 4);
+        memcpy(out + d + 4, &low, 4);
+    }
+    return 0;
+}
+
+void shardwright_int8_decode(const uint8_t *in, int64_t rows, int64_t d, float *x) {
+    for (int64_t r = 0; r < rows; r++, x += d, in += d + 8) {
+        float scale, bias;
+        memcpy(&scale, in + d, 4);
+        memcpy(&bias, in + d + 4, 4);
+        for (int64_t i = 0; i < d; i++) x[i] = fmaf((float)in[i], scale, bias);
+    }
 }

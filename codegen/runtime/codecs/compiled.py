@@ -88,5 +88,22 @@ def decode(
     return x
 
 
+def int8_encode(found: ctypes.CDLL, x: npt.NDArray[np.float32]) -> bytes | None:
+    """FBGEMM's fused 8-bit rows of ``x`` (rows, dim); None where a row has no finite scale."""
+    rows, dim = x.shape
+    out = np.empty(rows * (dim + 8), np.uint8)
+    failed: int = found.shardwright_int8_encode(_at(x), _i64(rows), _i64(dim), _at(out))
+    return None if failed else out.tobytes()
+
+
+def int8_decode(
+    found: ctypes.CDLL, body: npt.NDArray[np.uint8], rows: int, dim: int
+) -> npt.NDArray[np.float32]:
+    """The inverse of :func:`int8_encode`."""
+    x = np.empty((rows, dim), np.float32)
+    found.shardwright_int8_decode(_at(body), _i64(rows), _i64(dim), _at(x))
+    return x
+
+
 def _at(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)

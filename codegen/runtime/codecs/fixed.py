@@ -5,7 +5,7 @@
     u32 exact, exact x (u32 position, f32), codes and scales
 
 fp16 and bf16 are plain; fp8 is E4M3 with one fp32 scale a row; int8 FBGEMM's fused 8-bit rows; mx4 FBGEMM's
-MX4 (E2M1 in blocks of 32): codes of all rows, then a scale byte for each block. The list holds elements that
+MX4 (E2M1 in blocks of 32 elements, across rows): all codes, then a scale byte for each block. The list holds elements that
 are not finite, and those that would not stay finite.
 """
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from codegen.runtime.codecs import compiled
 from codegen.runtime.codecs.portable import Corrupt
 from codegen.runtime.mx_packing import Packed, pack, unpack
 from codegen.runtime.mx_tensor import dequantize, quantize
@@ -49,12 +50,16 @@ def _coded(values: Tensor, format: str) -> tuple[bytes, Tensor | None]:
     if format in _PLAIN:
         cast = values.to(_PLAIN[format])
         return cast.view(torch.uint8).numpy().tobytes(), _not_finite(cast)
+    library = compiled.library() if format == "int8_fused" else None
+    rows = compiled.int8_encode(library, values.numpy()) if library is not None else None
+    if rows is not None:
+        return rows, None
     largest = float(values.abs().max())
     if not largest < float("inf"):
         return b"", ~torch.isfinite(values)
-    packed = pack(quantize(values, format))
+    packed = pack(quantize(values.reshape(_layout(len(values), values.shape[1], format)), format))
     # a row whose scale overflows is lost whole
-    lost = _not_finite(packed.dequantize()) if largest > _DELICATE else None
+    lost = _not_finite(packed.dequantize().reshape(values.shape)) if largest > _DELICATE else None
     data = packed.data.contiguous().numpy().tobytes()
     if packed.scales is not None:
         data += packed.scales.contiguous().view(torch.uint8).numpy().tobytes()
@@ -92,17 +97,24 @@ def _decoded(data: npt.NDArray[np.uint8], rows: int, dim: int, format: str) -> T
     identity = parse_format(format), torch.Size((rows, dim)), 1, torch.float32
     if format == "int8_fused":
         _expect(data, rows * (dim + 8))
+        library = compiled.library()
+        if library is not None:
+            return torch.from_numpy(compiled.int8_decode(library, np.ascontiguousarray(data), rows, dim))
         return dequantize(unpack(Packed(*identity, held.reshape(rows, -1))))
     if format == "fp8_row":
         _expect(data, rows * (dim + 4))
         scales = held[rows * dim :].clone().view(torch.float32).reshape(rows, 1)
         return dequantize(unpack(Packed(*identity, held[: rows * dim].reshape(rows, dim), scales)))
-    blocks = -(-dim // 32)
-    _expect(data, rows * blocks * 17)
-    codes, scales = held[: rows * blocks * 16], held[rows * blocks * 16 :]
-    return dequantize(
-        unpack(Packed(*identity, codes.reshape(rows, blocks, 16), scales.reshape(rows, blocks)))
-    )
+    blocks = -(-rows * dim // 32)
+    _expect(data, blocks * 17)
+    codes, scales = held[: blocks * 16].reshape(1, blocks, 16), held[blocks * 16 :].reshape(1, blocks)
+    flat = parse_format(format), torch.Size((1, rows * dim)), 1, torch.float32
+    return dequantize(unpack(Packed(*flat, codes, scales))).reshape(rows, dim)
+
+
+def _layout(rows: int, dim: int, format: str) -> tuple[int, int]:
+    """Blocks of mx4 run on from row to row, as in FBGEMM's messages; other scales are of rows."""
+    return (rows, dim) if format in ("fp8_row", "int8_fused") else (1, rows * dim)
 
 
 def _expect(data: npt.NDArray[np.uint8], size: int) -> None:
