@@ -16,6 +16,7 @@ from ir.errors import InfeasibleError, InputError, PlannerError
 from planner.calibrate_cli import calibrate
 from planner.decoders import decoder_pipeline, with_tokens
 from planner.formats_cli import formats
+from planner.sensitivity_cli import sensitivity
 from planner.trace_cli import trace
 from planner.whatif_cli import whatif
 
@@ -452,3 +453,4 @@ cli.add_command(calibrate)
 cli.add_command(formats)
 cli.add_command(whatif)
 cli.add_command(trace)
+cli.add_command(sensitivity)

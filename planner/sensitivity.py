@@ -9,6 +9,10 @@ Three ways, from cheap to faithful; all give an :class:`ir.format_plan.Sensitivi
   the second-order term of the loss with the empirical Fisher matrix as the Hessian.
 * :func:`from_losses` puts one tensor at a time into one format and measures the loss on the same batches.
 
+A format can lower the loss of the batches at hand by luck, and choosing by that does not last on others. To
+choose formats, let the model be its own label (``labels = model(...).sigmoid()``): the loss then changes by
+the divergence from the wide model, which is never negative. To predict a loss, use true labels.
+
 Losses are then taken to add up over tensors; :func:`predict` adds, :func:`measure` measures, so that
 the additive model can be checked on the model at hand. Standard errors are over batches (or sampled rows).
 """
@@ -209,13 +213,13 @@ def from_losses(
     known = sites(model)
     parsed = parse_formats(formats)
     chosen = choose(known, tensors)
-    wide = _losses(model, batches, loss)
+    wide = batch_losses(model, batches, loss)
     found: dict[str, dict[str, LossChange]] = {}
     for name in chosen:
         found[name] = {}
         for format in parsed:
             with formats_applied(model, {name: format.id}, known):
-                found[name][format.id] = _change(_losses(model, batches, loss), wide)
+                found[name][format.id] = _change(batch_losses(model, batches, loss), wide)
     return Sensitivity(found, "loss change", "loss", f"{len(batches)} batches")
 
 
@@ -230,7 +234,7 @@ def choose(known: Mapping[str, Site], tensors: Iterable[str] | None) -> list[str
     return names
 
 
-def _losses(model: nn.Module, batches: Sequence[Any], loss: Loss) -> list[float]:
+def batch_losses(model: nn.Module, batches: Sequence[Any], loss: Loss) -> list[float]:
     import torch
 
     if len(batches) < 2:
@@ -261,9 +265,9 @@ def measure(model: nn.Module, batches: Sequence[Any], loss: Loss, chosen: Mappin
         InputError: as :func:`from_losses`.
     """
     known = sites(model)
-    wide = _losses(model, batches, loss)
+    wide = batch_losses(model, batches, loss)
     with formats_applied(model, chosen, known):
-        return _change(_losses(model, batches, loss), wide)
+        return _change(batch_losses(model, batches, loss), wide)
 
 
 def predict(sensitivity: Sensitivity, chosen: Mapping[str, str]) -> LossChange:

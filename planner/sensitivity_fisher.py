@@ -33,6 +33,7 @@ def from_gradients(
     formats: Sequence[str],
     *,
     tensors: Iterable[str] | None = None,
+    slope: bool = True,
 ) -> Sensitivity:
     """Change of the loss, to second order, when one tensor alone takes one format.
 
@@ -42,6 +43,8 @@ def from_gradients(
     Args:
         model: trained; parameters must require gradients.
         batches, loss, formats, tensors: as :func:`planner.sensitivity.from_losses`.
+        slope: count the first order too. Without it changes are never negative: use that to choose formats,
+            and the slope to predict the loss of a choice.
 
     Raises:
         InputError: as there; or the loss does not depend on the model's layers.
@@ -65,7 +68,7 @@ def from_gradients(
                 loss(model, batch).backward()  # type: ignore[no-untyped-call]
             for site in chosen:
                 for format in parsed:
-                    found[site.name][format.id].append(_expansion(model, site, format, calls))
+                    found[site.name][format.id].append(_expansion(model, site, format, calls, slope))
     finally:
         for parameter, gradient in saved:
             parameter.grad = gradient
@@ -108,7 +111,9 @@ def _recorder(calls: list[_Call]) -> Any:
     return record
 
 
-def _expansion(model: nn.Module, site: Site, format: Format, calls: Mapping[str, list[_Call]]) -> float:
+def _expansion(
+    model: nn.Module, site: Site, format: Format, calls: Mapping[str, list[_Call]], slope: bool
+) -> float:
     import torch
 
     total = 0.0
@@ -123,5 +128,5 @@ def _expansion(model: nn.Module, site: Site, format: Format, calls: Mapping[str,
             change = narrow(*call.args, **call.named) - call.output
         samples = gradient.numel() // gradient.shape[-1]
         along = (gradient.double() * change.double()).reshape(samples, -1).sum(-1) * samples
-        total += float(along.mean() + 0.5 * along.square().mean())
+        total += float(0.5 * along.square().mean() + (along.mean() if slope else 0.0))
     return total

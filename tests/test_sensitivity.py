@@ -185,6 +185,8 @@ def test_one_backward_pass_tells_what_losses_tell(
     assert len(pairs) == len(FORMATS) * 10
     assert np.corrcoef(pairs.T)[0, 1] > 0.98
     assert pairs[:, 1].sum() == pytest.approx(pairs[:, 0].sum(), rel=0.15)
+    curved = from_gradients(trained, batches, loss, ["mx4"], slope=False).tensors
+    assert all(change["mx4"].mean >= 0 for change in curved.values())
     for before, parameter in zip(kept, trained.parameters(), strict=True):
         assert (before is None) == (parameter.grad is None)
         assert before is None or torch.equal(before, parameter.grad)
@@ -217,7 +219,7 @@ def test_a_sensitivity_travels_inside_a_request(measured: Sensitivity) -> None:
 def test_bad_input_is_named(trained: nn.Module, batches: list[Any], measured: Sensitivity) -> None:
     with pytest.raises(InputError, match="two batches"):
         from_losses(trained, batches[:1], loss, ["mx9"])
-    with pytest.raises(InputError, match="did you mean 'ebc.bags.item'"):
+    with pytest.raises(InputError, match=r"did you mean 'ebc\.bags\.item'"):
         from_losses(trained, batches, loss, ["mx9"], tensors=["ebc.bags.itme"])
     with pytest.raises(InputError, match="at least one id"):
         from_weights(trained, [])
@@ -229,7 +231,7 @@ def test_bad_input_is_named(trained: nn.Module, batches: list[Any], measured: Se
         from_gradients(trained, batches, loss, ["mx9"], tensors=["traffic.forward"])
     broken = make_model()
     broken.get_parameter("ebc.bags.user.weight").data[3, 3] = float("nan")
-    with pytest.raises(InputError, match="'ebc.bags.user' has weights that are not finite"):
+    with pytest.raises(InputError, match=r"'ebc\.bags\.user' has weights that are not finite"):
         from_weights(broken, ["mx9"])
     with pytest.raises(InputError, match="not finite"):
         from_losses(broken, make_batches(2, 512, 0), loss, ["mx9"])
