@@ -77,6 +77,7 @@ class WukongTower(TowerModule):
     def __init__(self, vectors: int, dim: int, out: int, device: torch.device | str | None = None) -> None:
         super().__init__(vectors, dim, out)
         rank, machine = min(vectors, self.RANK), (out + 1) // 2
+        self.heads = machine
         self.y = nn.Parameter(torch.randn(vectors, rank, device=device) * vectors**-0.5)
         self.first_norm = nn.LayerNorm(vectors * rank, device=device)
         self.machine = nn.Linear(vectors * rank, machine * dim, device=device)
@@ -87,7 +88,7 @@ class WukongTower(TowerModule):
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, D) to (B, m, D)."""
         products = torch.bmm(x, torch.matmul(x.transpose(1, 2), self.y))
-        y = self.machine(self.first_norm(products.flatten(1))).view(len(x), -1, self.dim)
+        y = self.machine(self.first_norm(products.flatten(1))).view(-1, self.heads, self.dim)
         if self.linear is not None:
             y = torch.cat([y, torch.matmul(self.linear, x)], dim=1)
         z: Tensor = self.last_norm(y + torch.matmul(self.shortcut, x))

@@ -1,0 +1,280 @@
+"""Seconds of a step in tower form: the exchange in two steps, tower modules, and the timeline.
+
+Symbols as in :mod:`cost_models.embedding`; T towers of G ranks on k hosts each, W ranks, x bytes of an
+element on the wire, D columns of a vector, V_t and O_t columns of tower t before and after its module.
+
+============== =============================================================================
+in_tower       all-to-all among the G ranks of a tower; a rank sends its lookups' outputs,
+               S = sum over its shards of B F w x
+tower_forward  the module on B / G samples
+peer           all-to-all among T ranks of equal position, all of it between hosts: a rank sends
+               (B / G) O_t x (T-1)/T and receives (B / W) x (sum of the other towers' O)
+peer_gradient, in_tower_gradient, tower_backward   the same backwards
+============== =============================================================================
+
+The flat exchange sends S (W-g)/W between hosts; without modules the two-step exchange sends about as much
+(V_t B/G is a tower's whole output divided over its ranks), so what it saves is latency, which these formulae
+do not grow with the ranks, and what it costs is the exchange inside the tower. Modules divide what crosses
+hosts by V_t / O_t, and shrink the over-arch. Source: Luo et al. 2024 (arXiv 2403.00877).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from cost_models.calibration import Calibration
+from cost_models.collectives import all_reduce, all_to_all, network
+from cost_models.compute import BACKWARD_FACTOR, gemm_seconds, stream_seconds
+from cost_models.placed import rank_seconds
+from cost_models.step import dense_seconds
+from cost_models.timeline import TimedOp, schedule
+from ir.dtypes import nbytes
+from ir.ops import Op
+from ir.plan import TablePlan, Timeline
+from ir.program import Mode, Model
+from ir.topology import Topology
+from ir.towers import ModuleKind, Tower
+from ir.workload import Workload
+
+_WUKONG_RANK = 24  # codegen.runtime.towers.modules.WukongTower
+
+Gemm = tuple[float, float, float]  # rows a sample, contraction, columns
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleWork:
+    """Parameters and forward FLOP per sample of a tower module, and the products they are made of."""
+
+    params: int
+    flops: float
+    gemms: tuple[Gemm, ...]
+
+
+def module_work(kind: ModuleKind, vectors: int, dim: int, out: int) -> ModuleWork:
+    """The work of :func:`codegen.runtime.towers.modules.tower_module`'s modules, by their formulae."""
+    flat, wide = vectors * dim, out * dim
+    mix: Gemm = (dim, vectors, out)
+    gemms: tuple[Gemm, ...] = ()
+    params = 0
+    if kind in ("projection", "dhen"):
+        gemms += ((1, flat, wide), mix)
+        params += flat * wide + wide + vectors * out
+    if kind in ("cross", "dhen"):
+        gemms += ((1, flat, dim), (1, dim, flat), (1, flat, wide))
+        params += 2 * flat * dim + flat + flat * wide + wide
+    if kind == "dhen":
+        params += 2 * dim
+    if kind == "wukong":
+        rank, machine = min(vectors, _WUKONG_RANK), (out + 1) // 2
+        gemms = ((dim, vectors, rank), (vectors, dim, rank), (1, vectors * rank, machine * dim), mix)
+        params = vectors * rank * 3 + vectors * rank * machine * dim + machine * dim + vectors * out + 2 * dim
+        if out > machine:
+            gemms += ((dim, vectors, out - machine),)
+            params += vectors * (out - machine)
+    return ModuleWork(params, sum(2.0 * m * k * n for m, k, n in gemms), gemms)
+
+
+def output_bytes(plans: Sequence[TablePlan], world: int, workload: Workload) -> npt.NDArray[np.float64]:
+    """Bytes of pooled vectors (or partial sums) that each rank's lookups give in a step."""
+    size = np.zeros(world)
+    item = nbytes(workload.exchange_dtype)
+    for plan in plans:
+        for shard in plan.shards:
+            if shard.rank >= 0 and shard.rows:
+                size[shard.rank] += workload.global_batch * len(plan.features) * shard.cols * item
+    return size
+
+
+def tower_topology(topology: Topology, ranks: int) -> Topology:
+    """The machine that one tower of ``ranks`` ranks sees: its own whole hosts, and the links between them."""
+    hosts = max(1, ranks // topology.host_size)
+    if len(topology.levels) == 1:
+        return topology
+    reach = 1
+    for level in topology.levels[1:]:
+        reach *= level.fanout
+        if reach >= hosts:
+            break
+    return replace(topology, levels=(topology.levels[0], replace(level, fanout=hosts)))
+
+
+@dataclass(frozen=True, slots=True)
+class TowerSeconds:
+    """Seconds of one step in tower form on the slowest rank, by phase; latency included."""
+
+    phases: dict[str, float]
+    cross_host_bytes: float  # sent to other hosts by the busiest rank, forward and backward
+
+
+def tower_seconds(
+    plans: Sequence[TablePlan],
+    towers: Sequence[Tower],
+    kind: ModuleKind,
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
+    mode: Mode,
+    overheads: Mapping[str, float],
+) -> TowerSeconds:
+    """Phases of the exchange, the lookups and the modules.
+
+    Args:
+        plans: tables on the ranks of their towers.
+        towers: with the widths that cross to the peers.
+        kind: of the modules; "none" where ``width_out`` is ``width``.
+        topology, workload, calibration, mode: as everywhere.
+        overheads: :func:`cost_models.embedding.phase_overheads`.
+    """
+    placed = rank_seconds(plans, topology, workload, calibration, mode)
+    net, item = network(topology, calibration), nbytes(workload.exchange_dtype)
+    ranks, count = towers[0].ranks, len(towers)
+    inside = network(tower_topology(topology, ranks), calibration)
+    sent = output_bytes(plans, topology.world_size, workload)
+    samples = workload.global_batch / ranks  # of a module; a rank's own are 1 / T of them
+    widest = max(tower.width_out for tower in towers)
+    total = sum(tower.width_out for tower in towers)
+    narrowest = min(tower.width_out for tower in towers)
+    out = samples * widest * item * (count - 1) / count
+    received = samples / count * item * (total - narrowest)
+    link = all_to_all(float(sent.max()), inside) + (inside.latency if ranks > 1 else 0.0)
+    peer = max(out, received) / net.inter + (net.latency if count > 1 else 0.0)
+    forward = max(_module_seconds(tower, kind, samples, workload, topology, calibration) for tower in towers)
+    train = mode == "train"
+    phases = {
+        "input_dist": float(placed["input_dist"].max()) + overheads["input_dist"],
+        "lookup_forward": float(placed["lookup_forward"].max()) + overheads["lookup_forward"],
+        "in_tower": link,
+        "tower_forward": forward,
+        "peer": peer,
+        "peer_gradient": peer if train else 0.0,
+        "tower_backward": BACKWARD_FACTOR * forward if train else 0.0,
+        "in_tower_gradient": link if train else 0.0,
+        "lookup_backward": float(placed["lookup_backward"].max()) + overheads["lookup_backward"],
+    }
+    params = max(tower.params for tower in towers)
+    if train and params and ranks > 1:
+        phases["tower_reduce"] = all_reduce(params * nbytes(workload.compute_dtype), inside) + inside.latency
+    spread = (inside.hosts - 1) / inside.hosts * float(sent.max())
+    return TowerSeconds(phases, (out + spread) * (2 if train else 1))
+
+
+def _module_seconds(
+    tower: Tower,
+    kind: ModuleKind,
+    samples: float,
+    workload: Workload,
+    topology: Topology,
+    calibration: Calibration,
+) -> float:
+    if kind == "none":
+        return 0.0
+    work = module_work(kind, len(tower.features), tower.dim, tower.vectors_out)
+    return sum(
+        gemm_seconds(samples * rows, k, n, workload.compute_dtype, topology.device, calibration)
+        for rows, k, n in work.gemms
+    )
+
+
+def flat_cross_bytes(plans: Sequence[TablePlan], topology: Topology, workload: Workload, mode: Mode) -> float:
+    """Embedding bytes that the busiest rank of a flat plan sends to other hosts in a step."""
+    world, local, hosts = topology.world_size, topology.host_size, topology.hosts
+    whole = [p for p in plans if p.sharding_type not in ("table_row_wise", "grid_shard")]
+    by_host = [p for p in plans if p.sharding_type in ("table_row_wise", "grid_shard")]
+    # sums over the rows of a host are scattered in it before they leave it
+    sent = output_bytes(whole, world, workload) * (world - local) / world
+    sent += output_bytes(by_host, world, workload) / local * (hosts - 1) / hosts
+    return float(sent.max()) * (2 if mode == "train" else 1)
+
+
+def tower_timeline(
+    over_arch: Model,
+    phases: Mapping[str, float],
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
+    mode: Mode,
+) -> Timeline:
+    """The step of a tower plan, on the two streams of :mod:`cost_models.step`.
+
+    Both exchanges queue on one network stream, although they use different links. The ids of the next
+    batch travel during this one, and dense gradients are reduced bucket by bucket.
+
+    Args:
+        over_arch: the model's dense ops above (and beside) the lookups.
+        phases: of :func:`tower_seconds`.
+        topology, workload, calibration, mode: as everywhere.
+    """
+    forward = dense_seconds(over_arch, topology, workload, calibration)
+    bottom = [op for op in over_arch.ops if op.phase == "bottom"]
+    top = [op for op in over_arch.ops if op.phase != "bottom"]
+    ops: list[TimedOp] = []
+    first: tuple[str, ...] = ()
+    if mode == "inference":
+        ops.append(TimedOp("input_dist", "network", phases["input_dist"]))
+        first = ("input_dist",)
+    ops += [
+        TimedOp("lookup_forward", "compute", phases["lookup_forward"], first),
+        TimedOp("bottom_forward", "compute", sum(forward[op.name] for op in bottom)),
+        TimedOp("in_tower", "network", phases["in_tower"], ("lookup_forward",)),
+        TimedOp("tower_forward", "compute", phases["tower_forward"], ("in_tower",)),
+        TimedOp("peer", "network", phases["peer"], ("tower_forward",)),
+        TimedOp("top_forward", "compute", sum(forward[op.name] for op in top), ("peer",)),
+    ]
+    if mode == "train":
+        ops.append(TimedOp("input_dist_next", "network", phases["input_dist"]))
+        ops += _backward(bottom, top, forward, phases, topology, workload, calibration)
+    return schedule(ops)
+
+
+def _backward(
+    bottom: Sequence[Op],
+    top: Sequence[Op],
+    forward: Mapping[str, float],
+    phases: Mapping[str, float],
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
+) -> list[TimedOp]:
+    net, item = network(topology, calibration), nbytes(workload.compute_dtype)
+    ops: list[TimedOp] = []
+    reduced: list[str] = []
+
+    def chunk(name: str, part: Sequence[Op], after: str) -> str:
+        ops.append(TimedOp(name, "compute", BACKWARD_FACTOR * sum(forward[op.name] for op in part), (after,)))
+        return name
+
+    def reduce(name: str, params: float, after: str) -> None:
+        if params > 0 and net.ranks > 1:
+            seconds = all_reduce(params * item, net) + net.latency
+            ops.append(TimedOp(name, "network", seconds, (after,)))
+            reduced.append(name)
+
+    last, waiting = "top_forward", 0.0
+    pending: list[Op] = []
+    for op in reversed(top):
+        pending.append(op)
+        waiting += op.params
+        if waiting * item >= calibration.bucket_bytes:
+            last = chunk(f"top_backward_{len(ops)}", pending, last)
+            reduce(f"all_reduce_{len(ops)}", waiting, last)
+            pending, waiting = [], 0.0
+    last = chunk("top_backward_last", pending, last)
+    # the towers wait for the gradient of the vectors: exchanged before the rest is reduced
+    ops.append(TimedOp("peer_gradient", "network", phases["peer_gradient"], (last,)))
+    last = chunk("bottom_backward", bottom, last)
+    ops.append(TimedOp("tower_backward", "compute", phases["tower_backward"], ("peer_gradient",)))
+    ops.append(TimedOp("in_tower_gradient", "network", phases["in_tower_gradient"], ("tower_backward",)))
+    reduce("all_reduce_last", waiting + sum(op.params for op in bottom), last)
+    if phases.get("tower_reduce"):
+        ops.append(TimedOp("tower_reduce", "network", phases["tower_reduce"], ("tower_backward",)))
+        reduced.append("tower_reduce")
+    ops.append(TimedOp("lookup_backward", "compute", phases["lookup_backward"], ("in_tower_gradient",)))
+    params = float(sum(op.params for op in (*bottom, *top)))
+    # plain SGD of the dense part: read weight and gradient, write weight, all fp32
+    update = stream_seconds(8 * params, 4 * params, topology.device, calibration)
+    ops.append(TimedOp("dense_update", "compute", update, tuple(reduced)))
+    return ops

@@ -1,0 +1,146 @@
+"""Tables onto the ranks of their tower: the sharding pass run on each tower's own hosts.
+
+Inside a tower the sharding pass sees a machine of the tower's hosts and the whole batch, so that its output
+exchange is the one inside the tower. A split over all ranks of one host is ``column_wise`` or ``row_wise``
+there and ``table_column_wise`` or ``table_row_wise`` in the whole machine. Copies and splits over several
+towers are not offered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cost_models.calibration import Calibration
+from cost_models.memory import dense_memory
+from cost_models.towers import tower_topology
+from ir.constraints import Constraints, ShardingType, TableConstraint
+from ir.errors import InfeasibleError, InputError
+from ir.ops import EmbeddingTable
+from ir.plan import Certificate, TablePlan
+from ir.program import Model, Program
+from ir.towers import Tower
+from passes.sharding import Sharding
+from passes.sharding_prices import memory_limit
+
+# type on one host of a tower -> type on the machine
+_ON_ONE_HOST: dict[ShardingType, ShardingType] = {
+    "table_wise": "table_wise",
+    "column_wise": "table_column_wise",
+    "row_wise": "table_row_wise",
+}
+_ON_HOSTS: tuple[ShardingType, ...] = (
+    "table_wise",
+    "column_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+)
+
+
+def shard_towers(
+    program: Program, towers: Sequence[Tower], calibration: Calibration
+) -> tuple[tuple[TablePlan, ...], Certificate]:
+    """Decide every table within its tower.
+
+    Returns:
+        The table plans in the model's order, and the certificate of the slowest tower: for these towers no
+        plan has a smaller embedding time.
+
+    Raises:
+        InfeasibleError: a tower's tables do not fit its ranks; names the tower.
+        InputError: a table is pinned to ranks, which towers decide.
+    """
+    found: dict[str, TablePlan] = {}
+    certificates = []
+    for number, tower in enumerate(towers):
+        try:
+            plans, certificate = _shard(program, tower, len(towers), calibration)
+        except InfeasibleError as error:
+            raise InfeasibleError(
+                f"tower {number} ({len(tower.tables)} tables on {tower.ranks} ranks): {error}",
+                error.conflict,
+                error.relaxation,
+            ) from None
+        certificates.append(certificate)
+        found.update({plan.name: plan for plan in plans})
+    slowest = max(certificates, key=lambda c: c.objective)
+    bound = max(c.lower_bound for c in certificates)
+    together = replace(
+        slowest,
+        objective_name=f"slowest tower, towers given: {slowest.objective_name}",
+        lower_bound=min(bound, slowest.objective),
+        status="optimal" if bound >= slowest.objective * (1 - 1e-6) else "feasible",
+    )
+    return tuple(found[table.name] for table in program.model.tables), together
+
+
+def _shard(
+    program: Program, tower: Tower, towers: int, calibration: Calibration
+) -> tuple[tuple[TablePlan, ...], Certificate]:
+    topology = tower_topology(program.topology, tower.ranks)
+    tables = tuple(table for table in program.model.tables if table.name in tower.tables)
+    mode = program.options.mode
+    dense = sum(dense_memory(program.model, program.workload, program.topology, mode).values())
+    constraints = program.options.constraints
+    inner = replace(
+        constraints,
+        memory_limit=max(1, memory_limit(program) - dense),
+        memory_reserve=0.0,
+        tables=_rules(tables, constraints, topology.world_size, topology.hosts),
+        towers=None,
+    )
+    part = replace(
+        program,
+        model=Model(program.model.name, tables, ()),
+        topology=topology,
+        options=replace(
+            program.options, constraints=inner, time_limit=max(1.0, program.options.time_limit / towers)
+        ),
+        tables=None,
+        certificate=None,
+        memory=None,
+        timeline=None,
+        decisions=replace(program.decisions, towers=None),
+    )
+    done = Sharding(calibration).run(part)
+    assert done.tables is not None
+    assert done.certificate is not None
+    return tuple(_moved(plan, tower.first_rank, topology.hosts) for plan in done.tables), done.certificate
+
+
+def _rules(
+    tables: Sequence[EmbeddingTable], constraints: Constraints, world: int, hosts: int
+) -> dict[str, TableConstraint]:
+    """The user's rules in the tower's terms, one a table."""
+    rules = {}
+    for table in tables:
+        rule = constraints.for_table(table.name)
+        if rule.ranks is not None:
+            raise InputError(
+                f"table {table.name!r} is pinned to ranks, but towers decide the ranks of their tables; remove one"
+            )
+        types: tuple[ShardingType, ...] = _ON_HOSTS if hosts > 1 else tuple(_ON_ONE_HOST)
+        if rule.sharding_types is not None:
+            asked = set(rule.sharding_types)
+            types = tuple(t for t in types if t in asked or (hosts == 1 and _ON_ONE_HOST[t] in asked))
+        if world == 1:
+            types = tuple(t for t in types if t == "table_wise")
+        if not types:
+            raise InfeasibleError(
+                f"table {table.name!r} may only be {', '.join(rule.sharding_types or ())}, which does not stay "
+                "in a tower",
+                conflict=(f"tables[{table.name}].sharding_types", "towers"),
+                relaxation=f"allow table_wise for {table.name!r}",
+            )
+        rules[table.name] = replace(rule, sharding_types=types)
+    return rules
+
+
+def _moved(plan: TablePlan, first: int, hosts: int) -> TablePlan:
+    """A decision on the tower's own machine as one on the whole machine."""
+    kind = _ON_ONE_HOST[plan.sharding_type] if hosts == 1 else plan.sharding_type
+    shards = tuple(replace(shard, rank=shard.rank + first) for shard in plan.shards)
+    if kind == "table_column_wise" and len({shard.col for shard in shards}) == 1:
+        kind = "table_wise"
+    return replace(plan, sharding_type=kind, shards=shards)

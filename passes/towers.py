@@ -1,0 +1,290 @@
+"""Towers: which tables share a host, how much of them crosses hosts, and whether that pays.
+
+Runs on a finished flat plan and replaces it where the modelled step of the tower form is shorter (or the
+user says ``always``). Decides, in this order: the number of towers, the partition of tables
+(:mod:`passes.tower_partition`), the widths of the tower modules (:mod:`passes.tower_modules`), the shards
+inside each tower (:mod:`passes.tower_sharding`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cost_models.calibration import Calibration, default_calibration
+from cost_models.embedding import phase_overheads, unit_seconds
+from cost_models.memory import unit_memory
+from cost_models.towers import (
+    flat_cross_bytes,
+    module_work,
+    tower_seconds,
+    tower_timeline,
+)
+from ir.errors import InputError
+from ir.plan import Certificate, TablePlan, Timeline
+from ir.program import Model, Program
+from ir.sharding import ShardingOption, largest_units
+from ir.tower_sample import PooledSample
+from ir.towers import Affinity, Tower, TowerDecision, TowerRequest, illegal
+from ir.units import format_seconds
+from passes.memory import MemoryAccounting
+from passes.tower_modules import Profile, fixed_widths, profile, widths_within
+from passes.tower_partition import partition, partition_value, stated
+from passes.tower_rival import rival_partition
+from passes.tower_sharding import shard_towers
+
+Floats = npt.NDArray[np.float64]
+
+OverArch = Callable[[int], Model]
+"""Dense ops of the model when its interaction sees so many feature vectors instead of one a feature."""
+
+
+@dataclass(frozen=True, slots=True)
+class Towers:
+    """The tower pass; it does nothing unless the constraints ask for towers.
+
+    ``over_arch`` says what tower modules leave of the interaction above them; without it the flat model's
+    interaction is priced in full, which understates what modules gain.
+    """
+
+    name: ClassVar[str] = "towers"
+    calibration: Calibration | None = None
+    over_arch: OverArch | None = None
+
+    def run(self, program: Program) -> Program:
+        """Fill ``decisions.towers``; replace tables, certificate, memory and timeline where towers pay.
+
+        Raises:
+            InputError: the model's lookups cannot be rewritten, or the request does not fit the machine,
+                the model or the sample.
+            InfeasibleError: the tables of a tower do not fit its ranks.
+        """
+        request = program.options.constraints.towers
+        if request is None:
+            return program
+        assert program.timeline is not None, "towers are compared with a finished flat plan"
+        calibration = self.calibration or default_calibration(program.topology)
+        reason = illegal(program.model.tables, program.model.ops)
+        if reason:
+            raise InputError(f"the lookups of {program.model.name} cannot be put into towers: {reason}")
+        count = tower_count(program, request)
+        sample = PooledSample.load(request.interactions) if request.interactions else None
+        towers, affinity = _partition(program, request, count, sample, calibration)
+        towers, lost = _with_modules(program, request, towers, sample)
+        chosen = _Candidate(program, towers, request, calibration, self.over_arch)
+        decision = _decision(program, request, towers, affinity, lost, sample, chosen)
+        done = replace(program, decisions=replace(program.decisions, towers=decision))
+        if not decision.applied:
+            return replace(done, warnings=(*done.warnings, f"towers: {decision.reason}"))
+        done = replace(done, tables=chosen.tables, certificate=chosen.certificate, timeline=chosen.timeline)
+        return MemoryAccounting().run(done)
+
+
+def tower_count(program: Program, request: TowerRequest) -> int:
+    """The number of towers: as asked for, else one a host, or a group of hosts where tables are few.
+
+    Raises:
+        InputError: the number does not divide the hosts, or there are fewer tables.
+    """
+    hosts, tables = program.topology.hosts, len(program.model.tables)
+    if request.towers is None:
+        return max(t for t in range(1, hosts + 1) if hosts % t == 0 and t <= tables)
+    if hosts % request.towers or request.towers > tables:
+        raise InputError(
+            f"{request.towers} towers do not fit {hosts} hosts and {tables} tables; choose a divisor of {hosts} "
+            f"that is at most {tables}"
+        )
+    return request.towers
+
+
+def _resources(program: Program, calibration: Calibration) -> Floats:
+    """Of each table: bytes of weights and state, seconds of lookups and updates, columns it puts out."""
+    rows = []
+    topology, workload, mode = program.topology, program.workload, program.options.mode
+    for table in program.model.tables:
+        option = ShardingOption("table_wise", (table.dim,))
+        ((unit, _),) = largest_units(option, table.rows, topology.world_size, topology.host_size)
+        seconds = unit_seconds(table, option, unit, topology, workload, calibration, mode)
+        memory = unit_memory(table, option, unit, topology, workload, mode)
+        rows.append(
+            (
+                float(memory["weights"] + memory.get("optimizer", 0)),
+                seconds["lookup_forward"] + seconds["lookup_backward"],
+                float(table.dim * len(table.features)),
+            )
+        )
+    return np.array(rows)
+
+
+def _gain(program: Program, request: TowerRequest, sample: PooledSample) -> Floats:
+    """(tables, tables): what it is worth to have two tables in one tower, over pairs of their features."""
+    tables = program.model.tables
+    features = [feature for table in tables for feature in table.features]
+    strengths = sample.strengths(features)
+    worth = strengths if request.objective == "coherent" else 1.0 - strengths
+    owner = np.repeat(np.arange(len(tables)), [len(table.features) for table in tables])
+    member = np.zeros((len(tables), len(features)))
+    member[owner, np.arange(len(features))] = 1.0
+    gain: Floats = member @ worth @ member.T
+    np.fill_diagonal(gain, 0.0)
+    return (gain + gain.T) / 2
+
+
+def _partition(
+    program: Program,
+    request: TowerRequest,
+    count: int,
+    sample: PooledSample | None,
+    calibration: Calibration,
+) -> tuple[tuple[Tower, ...], Affinity | None]:
+    resources = _resources(program, calibration)
+    tables = program.model.tables
+    gain = np.zeros((len(tables), len(tables))) if sample is None else _gain(program, request, sample)
+    problem, start = stated(gain, resources, count, request.balance)
+    affinity = None
+    if sample is not None and count > 1:
+        found = partition(problem, start, program.options.seed)
+        distance = gain.max() - gain
+        np.fill_diagonal(distance, 0.0)
+        rival = rival_partition(distance, count, problem.sizes, program.options.seed)
+        affinity = Affinity(found.value, found.bound, partition_value(gain, rival), found.method)
+        start = found.tower
+    ranks = program.topology.world_size // count
+    towers = []
+    for number in range(count):
+        members = np.flatnonzero(start == number)
+        mine = [tables[i] for i in members]
+        dims = {table.dim for table in mine}
+        features = tuple(feature for table in mine for feature in table.features)
+        width = sum(table.dim * len(table.features) for table in mine)
+        towers.append(
+            Tower(
+                tables=tuple(table.name for table in mine),
+                features=features,
+                first_rank=number * ranks,
+                ranks=ranks,
+                dim=dims.pop() if len(dims) == 1 else 0,
+                width=width,
+                vectors_out=len(features),
+                width_out=width,
+                memory=int(resources[members, 0].sum()),
+                lookup_seconds=float(resources[members, 1].sum()),
+            )
+        )
+    return tuple(towers), affinity
+
+
+def _with_modules(
+    program: Program, request: TowerRequest, towers: Sequence[Tower], sample: PooledSample | None
+) -> tuple[tuple[Tower, ...], float | None]:
+    """The towers with the widths of their modules, and the share of all energy that is lost."""
+    if request.module == "none":
+        return tuple(towers), None
+    if any(tower.dim == 0 for tower in towers) or len({tower.dim for tower in towers}) > 1:
+        raise InputError(
+            f"tower modules need vectors of one width, but the tables of {program.model.name} have several; "
+            "use module none"
+        )
+    if request.compression is None and (request.accuracy_budget is None or sample is None):
+        raise InputError(
+            "tower modules need a compression, or an accuracy_budget with interactions to measure it on"
+        )
+    profiles: list[Profile | None] = [
+        None if sample is None else profile(sample, tower.features, tower.dim) for tower in towers
+    ]
+    measured = [p for p in profiles if p is not None]
+    if request.compression is not None:
+        outs = fixed_widths([len(tower.features) for tower in towers], request.compression)
+    else:
+        assert request.accuracy_budget is not None
+        outs = widths_within(measured, [tower.dim for tower in towers], request.accuracy_budget)
+    made = []
+    for tower, out, energy in zip(towers, outs, profiles, strict=True):
+        work = module_work(request.module, len(tower.features), tower.dim, out)
+        made.append(
+            replace(
+                tower,
+                vectors_out=out,
+                width_out=out * tower.dim,
+                params=work.params,
+                flops=work.flops,
+                energy_lost=None if energy is None else float(energy.lost[out - 1]),
+            )
+        )
+    total = sum(p.energy for p in measured)
+    lost = sum(p.energy * float(p.lost[out - 1]) for p, out in zip(measured, outs, strict=False))
+    return tuple(made), (lost / total if total else 0.0) if sample is not None else None
+
+
+class _Candidate:
+    """The tower form of a program: its shards, and its step with and without modules."""
+
+    def __init__(
+        self,
+        program: Program,
+        towers: tuple[Tower, ...],
+        request: TowerRequest,
+        calibration: Calibration,
+        over_arch: OverArch | None,
+    ) -> None:
+        topology, workload, mode = program.topology, program.workload, program.options.mode
+        self.tables: tuple[TablePlan, ...]
+        self.certificate: Certificate
+        self.tables, self.certificate = shard_towers(program, towers, calibration)
+        overheads = phase_overheads(topology, workload, calibration, mode)
+
+        def step(kind: str, shape: tuple[Tower, ...], model: Model) -> tuple[Timeline, float]:
+            module = request.module if kind == "modules" else "none"
+            found = tower_seconds(
+                self.tables, shape, module, topology, workload, calibration, mode, overheads
+            )
+            timeline = tower_timeline(model, found.phases, topology, workload, calibration, mode)
+            return timeline, found.cross_host_bytes
+
+        plain = tuple(replace(t, vectors_out=len(t.features), width_out=t.width, params=0) for t in towers)
+        self.timeline, crossing = step("exchange", plain, program.model)
+        self.steps = {"exchange": self.timeline.step}
+        self.crossing = {"exchange": crossing}
+        if request.module != "none":
+            vectors = sum(tower.vectors_out for tower in towers)
+            above = program.model if over_arch is None else over_arch(vectors)
+            self.timeline, crossing = step("modules", towers, above)
+            self.steps["modules"] = self.timeline.step
+            self.crossing["modules"] = crossing
+
+
+def _decision(
+    program: Program,
+    request: TowerRequest,
+    towers: tuple[Tower, ...],
+    affinity: Affinity | None,
+    lost: float | None,
+    sample: PooledSample | None,
+    found: _Candidate,
+) -> TowerDecision:
+    assert program.timeline is not None
+    assert program.tables is not None
+    flat, step = program.timeline.step, found.timeline.step
+    shorter = step < flat
+    change = f"{format_seconds(step)} a step against {format_seconds(flat)} flat"
+    if program.topology.hosts == 1:
+        why = f"one host has no slow link to spare ({change})"
+    else:
+        why = f"{'towers are faster' if shorter else 'towers do not pay here'}: {change}"
+    crossing = flat_cross_bytes(program.tables, program.topology, program.workload, program.options.mode)
+    return TowerDecision(
+        applied=request.always or (shorter and program.topology.hosts > 1),
+        reason=why + (", kept because always was asked for" if request.always and not shorter else ""),
+        objective=request.objective,
+        module=request.module,
+        towers=towers,
+        affinity=affinity,
+        steps={"flat": flat, **found.steps},
+        cross_host_bytes={"flat": crossing, **found.crossing},
+        energy_lost=lost,
+        sample="" if sample is None else sample.digest,
+    )
