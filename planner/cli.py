@@ -15,6 +15,7 @@ import click
 from ir.errors import InfeasibleError, InputError, PlannerError
 from planner.calibrate_cli import calibrate
 from planner.decoders import decoder_pipeline, with_tokens
+from planner.doctor_cli import doctor, schema
 from planner.formats_cli import formats
 from planner.sensitivity_cli import sensitivity
 from planner.trace_cli import trace
@@ -424,7 +425,7 @@ def topologies(name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("plan", type=click.Path())
-@click.option("--target", type=click.Choice(["torchrec", "torchao"]), default="torchrec", show_default=True)
+@click.option("--target", type=click.Choice(["torchrec", "torchao", "script"]), default="torchrec", show_default=True)
 @click.option("--model", "model", help="Where the script finds the model; default the one that was compiled.")
 @click.option("--output", "-o", type=click.Path(), help="Write here instead of printing.")
 @reports_errors
@@ -432,10 +433,11 @@ def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
     """Write what runs the plan: a torchrec training script for torchrun, or torchao GEMM configurations."""
     from codegen.script import emit_torchrec
     from codegen.torchao import emit_torchao
+    from codegen.tower_script import emit_towers
     from ir.plan import write_atomically
 
     loaded = _load(plan)
-    emitter = {"torchrec": emit_torchrec, "torchao": emit_torchao}[target]
+    emitter = {"torchrec": emit_torchrec, "torchao": emit_torchao, "script": emit_towers}[target]
     text = emitter(loaded, model or loaded.provenance.get("model") or loaded.model.name)
     if output and target == "torchao":
         write_atomically(output, text)
@@ -454,3 +456,5 @@ cli.add_command(formats)
 cli.add_command(whatif)
 cli.add_command(trace)
 cli.add_command(sensitivity)
+cli.add_command(doctor)
+cli.add_command(schema)
