@@ -129,6 +129,10 @@ def compile(
     if passes is None:
         stages = decoder_pipeline if isinstance(captured, DecoderModel) else pipeline
         passes = stages(_calibration(calibration, topology))
+    if program.options.constraints.towers is not None:
+        from planner.towers import price_over_arch
+
+        passes = price_over_arch(passes, model)
     program, _ = run_pipeline(program, passes, observers)
     return _plan(program, str(model) if isinstance(model, (str, Path)) else "")
 

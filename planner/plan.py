@@ -53,13 +53,19 @@ class Plan(ir.plan.Plan):
 
         With a process group: sharded by TorchRec (:func:`codegen.torchrec.sharded_model`), tables in their
         ``DataType``; where the plan compresses exchanges by error-bounded codecs, by
-        :func:`codegen.compressed.compressed_model`. Without one: in this process, in the plan's number formats
+        :func:`codegen.compressed.compressed_model`; where towers are applied, in tower form with the plan's
+        tower modules (:func:`codegen.towers.tower_model`). Without one: in this process, in the plan's number formats
         (:func:`codegen.formats.apply`).
         """
         if process_group is None:
             from codegen.formats import apply
 
             return apply(self, module, **kwargs)
+        if self.decisions.towers is not None and self.decisions.towers.applied:
+            from codegen.towers import tower_model
+            from planner.zoo.multi_tower import with_towers
+
+            return tower_model(self, with_towers(module, self.decisions.towers), process_group, **kwargs)
         from codegen.compressed import compressed_model, runs_exchange
         from codegen.torchrec import sharded_model
 
