@@ -1,12 +1,16 @@
 """Modelled step times against measured ones.
 
-    python benchmarks/fidelity.py [mlperf] [--quick] [--json]
+    python benchmarks/fidelity.py [mlperf] [collectives] [--quick] [--json]
 
 ``mlperf``: fits the two constants of the GPU calibration that are not published measurements of single
 kernels or collectives (``gemm_efficiency``, ``kernel_seconds``) on the rows of
 ``planner/data/measured/mlperf_dlrm.json`` marked "fit" (H100 1x8 and 8x8), and judges the model on the rows
 marked "judge", the median of the rows of one configuration at a time. Rows marked "context" ran other
 software; they are shown and not judged.
+
+``collectives``: fits launch, hop, ramp, copy and efficiency of collectives on the rows of
+``planner/data/measured/collectives.json`` marked "fit", judges on those marked "judge" (64 KiB and more), and prints
+the designs of two papers beside what they replaced, by message size.
 """
 
 from __future__ import annotations
@@ -22,7 +26,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import collective_measurements
 from benchmarks._report import Report
+from benchmarks.collective_designs import report_designs
 from benchmarks.mlperf_plans import replay
 from benchmarks.mlperf_replay import Configuration, configurations
 from cost_models.calibration import GPU, Calibration
@@ -153,7 +159,35 @@ def _other_readings(judged: Sequence[Configuration], fitted: Calibration) -> lis
     return texts
 
 
-SECTIONS = {"mlperf": mlperf}
+def collectives(report: Report, quick: bool) -> None:
+    """Fit, judge, and say both errors; then the published designs."""
+    stored = collective_measurements.FITTED
+    found = stored if quick else collective_measurements.fit()
+    by_use = {use: collective_measurements.mean_error(use, found) for use in ("fit", "judge")}
+    points = {one.id: one for one in collective_measurements.series()}
+    for name, one in points.items():
+        report.row(
+            series=name,
+            system=f"{one.generation} {one.hosts}x{one.host_size} {one.collective}",
+            fit_points=len(one.fit),
+            fit_error=f"{by_use['fit'][name]:.1%}",
+            judged_points=len(one.judge),
+            judged_error=f"{by_use['judge'][name]:.1%}",
+        )
+    for use in ("fit", "judge"):
+        counts = [len(getattr(one, use)) for one in points.values()]
+        mean = float(np.average(list(by_use[use].values()), weights=counts))
+        report.claim(f"{use}: mean absolute error, all points of 64 KiB and more", mean, 0.12, "<=")
+    report.claim("judge: mean over series", float(np.mean(list(by_use["judge"].values()))), 0.12, "<=")
+    drift = max(abs(stored[name] / value - 1) for name, value in found.items())
+    report.claim("stored collective constants: largest difference to the fit", drift, 2e-3, "<=")
+    report.note(
+        f"{len(stored)} constants for {len(points)} series; links have published bandwidths. Quick: not fitted anew."
+    )
+    report_designs(report)
+
+
+SECTIONS = {"mlperf": mlperf, "collectives": collectives}
 
 
 def main() -> int:
