@@ -190,3 +190,56 @@ def disagree(rank: Rank) -> str:
     except InputError as error:
         return str(error)
     return "fine"
+
+
+def train(rank: Rank, path: str, tables: list[Any]) -> dict[str, Any]:
+    """Three steps of ``plan.apply`` beside the unsharded model on the whole batch."""
+    import copy
+
+    import torch.distributed as dist
+    from torchrec import KeyedJaggedTensor
+
+    import planner
+    from codegen.runtime.batches import Batch
+    from codegen.runtime.compare_rank import train_step, unsharded_model
+    from codegen.runtime.gather import whole_weights
+    from tests.torchrec_models import Small
+
+    plan = planner.Plan.load(path)
+    torch.manual_seed(7)
+    module = Small(tables)
+    alone = unsharded_model(plan, copy.deepcopy(module), "adagrad", 0.1, ("adagrad", 0.1), 1e-3)
+    names = list(module.names)
+    model = plan.apply(module, dist.group.WORLD, optimizer="adagrad", lr=0.1, eps=1e-3)
+    found: dict[str, Any] = {"kind": type(model).__name__}
+    rows = {feature: table[1] for table in tables for feature in table[3]}
+    for step in range(3):
+        random = torch.Generator().manual_seed(step)
+        lengths = torch.randint(0, 3, (len(names), 16 * rank.world_size), generator=random)
+        values = [
+            torch.randint(0, rows[f], (int(n.sum()),), generator=random)
+            for f, n in zip(names, lengths, strict=True)
+        ]
+        ids = KeyedJaggedTensor(keys=names, values=torch.cat(values), lengths=lengths.reshape(-1).int())
+        samples = 16 * rank.world_size
+        dense = torch.randn(samples, 3, generator=random)
+        batch = Batch((dense, ids), torch.randint(0, 2, (samples,), generator=random).float())
+        expected = train_step(alone, batch)[0]
+        mine = train_step(model, batch.part(rank.rank, rank.world_size))[0]
+        part = slice(16 * rank.rank, 16 * rank.rank + 16)
+        found[f"outputs_{step}"] = max(float((mine[k] - expected[k][part]).abs().max()) for k in mine)
+    reference = dict(alone.module.named_parameters())
+    if found["kind"] == "CompressedModel":
+        pairs = [
+            (p, reference[f"ebc.embedding_bags.{piece.table}.weight"][:, piece.col : piece.col + piece.cols])
+            for e in model.embeddings
+            for piece, p in e.held()
+        ]
+        found["sent"], found["raw"] = (
+            sum(getattr(t, k) for e in model.embeddings for t in e.traffic) for k in ("sent", "raw")
+        )
+    else:
+        whole = whole_weights(model.module)
+        pairs = [(whole[k], v) for k, v in reference.items() if "ebc" in k]
+    found["weights"] = max([float((a - b).abs().max()) for a, b in pairs] or [0.0])
+    return found

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from codegen.runtime.compressed_exchange import pieces_of
 from codegen.runtime.launch import launch
+from ir.compression import Compression
+from ir.errors import InputError
+from ir.reading import parse_record
+from tests.plans import Decision, Table, make_plan
 
 TARGETS = str(Path(__file__).parent / "exchange_targets.py")
 
@@ -74,3 +80,67 @@ def test_damage_on_the_way_is_an_error_where_it_arrives() -> None:
 
 def test_ranks_that_disagree_say_so() -> None:
     assert all("the ranks disagree" in answer for answer in launch(f"{TARGETS}:disagree", 2, timeout=60.0))
+
+
+TABLES = [Table("a", 61, 24), Table("b", 40, 8, ("x", "y")), Table("c", 37, 16)]
+DECLARED = [[t.name, t.rows, t.dim, t.features or (f"f_{t.name}",), t.pooling, t.dtype] for t in TABLES]
+
+
+def trained(
+    tmp_path: Path, ranks: int, codecs: dict[str, tuple[str, float]], engine: str, kinds: dict[str, Decision]
+) -> list[dict[str, Any]]:
+    """Three steps of ``plan.apply`` on real processes."""
+    plan = make_plan(TABLES, kinds, 1, ranks, batch=16 * ranks, optimizer="adagrad")
+    asked = parse_record(Compression, section(codecs) | {"engine": engine}, "section")
+    plan = replace(plan, decisions=replace(plan.decisions, compression=asked))
+    plan.save(tmp_path / "plan.json")
+    return launch(f"{TARGETS}:train", ranks, {"path": str(tmp_path / "plan.json"), "tables": DECLARED})
+
+
+WHOLE = {"a": Decision("table_wise", (0,)), "b": Decision("table_wise", (1,))}
+KINDS = WHOLE | {"c": Decision("column_wise", (1, 0))}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_apply_without_loss_trains_as_the_unsharded_model(ranks: int, tmp_path: Path) -> None:
+    kinds = KINDS if ranks == 2 else WHOLE | {"c": Decision("data_parallel")}
+    lossless = {name: ("lz", 0.0) for name in "abc" if kinds[name].sharding_type != "data_parallel"}
+    for found in trained(tmp_path, ranks, lossless, "exchange", kinds):
+        assert found["kind"] == "CompressedModel"
+        assert max(found[f"outputs_{step}"] for step in range(3)) <= 1e-6
+        assert found["weights"] <= 1e-6
+
+
+def test_apply_with_error_bounds_trains_near_it(tmp_path: Path) -> None:
+    codecs = dict.fromkeys("abc", ("eb_lz_entropy", 0.01))
+    answers = trained(tmp_path, 2, codecs, "exchange", KINDS)
+    assert max(found["outputs_0"] for found in answers) > 1e-6
+    assert max(found["outputs_2"] for found in answers) <= 0.02
+
+
+@pytest.mark.parametrize(("codec", "least", "most"), [("fp16", 1e-7, 2e-3), ("int8", 1e-6, 2e-2)])
+def test_fixed_rate_codecs_run_in_torchrec(codec: str, least: float, most: float, tmp_path: Path) -> None:
+    """Outputs differ from the unsharded ones by that codec's rounding: not at all would mean that none ran."""
+    for found in trained(tmp_path, 2, dict.fromkeys("abc", (codec, 0.0)), "torchrec", KINDS):
+        assert found["kind"] == "ShardedModel"
+        assert least < found["outputs_0"] < most
+
+
+def test_what_torchrec_would_replace_silently_is_refused() -> None:
+    from codegen.compressed import codecs_registry
+
+    plan = make_plan(TABLES, KINDS | {"c": Decision("row_wise")}, 1, 2)
+
+    def asking(codec: str, engine: str = "torchrec") -> Any:
+        asked = parse_record(Compression, section({"a": (codec, 0.0)}) | {"engine": engine}, "section")
+        return replace(plan, decisions=replace(plan.decisions, compression=asked))
+
+    with pytest.raises(InputError, match="replaces bf16 by fp16"):
+        codecs_registry(asking("bf16"), "cpu")
+    with pytest.raises(InputError, match="sums over row blocks"):
+        codecs_registry(asking("int8"), "cpu")
+    with pytest.raises(InputError, match="no fixed size"):
+        codecs_registry(asking("lz", "exchange"), "cpu")
+    assert codecs_registry(plan, "cpu") is None
+    with pytest.raises(InputError, match="'c' is row_wise"):
+        pieces_of(plan)
