@@ -9,14 +9,20 @@ backward GEMMs run in the same format.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_models.calibration import Calibration
 from cost_models.compute import BACKWARD_FACTOR, gemm_seconds, peak_flops, stream_seconds
 from cost_models.formats import bits_per_element
 from ir.dtypes import nbytes
+from ir.format_plan import FormatPlan
 from ir.formats import parse_format
-from ir.topology import Device
+from ir.ops import Op
+from ir.program import Model
+from ir.topology import Device, Topology
+from ir.workload import Workload
 
 COMPUTE_FORMATS = {"fp32": "fp32", "tf32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8_tensor"}
 """The format that an element type of computation amounts to."""
@@ -121,3 +127,63 @@ def _casts(
         narrow = k * n * bits_per_element(weight, k) / 8
         seconds += stream_seconds(k * n * MASTER_BITS / 8, narrow, device, calibration)
     return seconds
+
+
+def cache_read_seconds(
+    ops: Sequence[Op], op: Op, format: str, samples: float, device: Device, calibration: Calibration
+) -> tuple[float, float, float]:
+    """(seconds to read an attention op's cached keys and values, elements, stored bytes) on one rank."""
+    by_name = {other.name: other for other in ops}
+    cached = [by_name[name] for name in op.inputs[1:3] if name in by_name]
+    elements = samples * sum(other.activation_bytes / nbytes(other.dtype) for other in cached)
+    width = cached[0].out_shape[-1] if cached and cached[0].out_shape else 0
+    size = elements * bits_per_element(format, width or None) / 8
+    return stream_seconds(size, 0.0, device, calibration), elements, size
+
+
+def format_seconds(
+    ops: Sequence[Op],
+    decided: FormatPlan,
+    forward: Mapping[str, float],
+    topology: Topology,
+    workload: Workload,
+    calibration: Calibration,
+    *,
+    train: bool,
+) -> dict[str, float]:
+    """Forward seconds of the ops whose tensors got formats; ``forward`` has those of all ops without.
+
+    A training GEMM's casts and backward pass are spread as its plain backward pass is: twice the forward.
+    """
+    formats = {tensor.name: tensor.format for tensor in decided.tensors}
+    samples = workload.global_batch / topology.world_size
+    device, compute = topology.device, workload.compute_dtype
+    made: dict[str, float] = {}
+    for op in ops:
+        weight, activation = formats.get(f"{op.name}.weight"), formats.get(f"{op.name}.input")
+        kept = formats.get(f"{op.name}.kv")
+        if op.gemm is not None and weight and activation:
+            rows = samples * op.gemm_rows
+            price = gemm_price(rows, *op.gemm, weight, activation, compute, device, calibration, train=train)
+            made[op.name] = price.seconds / (1 + (BACKWARD_FACTOR if train else 0))
+        elif kept:
+            plain = cache_read_seconds(ops, op, COMPUTE_FORMATS[compute], samples, device, calibration)[0]
+            read = cache_read_seconds(ops, op, kept, samples, device, calibration)[0]
+            made[op.name] = max(0.0, forward[op.name] - plain) + read
+    return made
+
+
+def format_memory(
+    model: Model, decided: FormatPlan, workload: Workload, topology: Topology
+) -> dict[str, int]:
+    """Changes of :func:`cost_models.memory.dense_memory` in inference: packed weights, cached tensors."""
+    formats = {tensor.name: tensor for tensor in decided.tensors}
+    change, cached = 0.0, 0.0
+    for op in model.ops:
+        weight = formats.get(f"{op.name}.weight")
+        if op.gemm is not None and weight is not None:
+            change += op.params * (bits_per_element(weight.format, op.gemm[0]) - MASTER_BITS) / 8
+        kept = formats.get(f"{op.name}.kv")
+        cached += kept.elements * kept.bits / 8 if kept is not None else 0.0
+    found = {"dense_weights": math.ceil(change)}
+    return {**found, "kv_cache": math.ceil(cached)} if cached else found

@@ -20,8 +20,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from cost_models.calibration import Calibration
 from cost_models.collectives import all_reduce, network
 from cost_models.compute import BACKWARD_FACTOR, input_bytes, op_seconds, stream_seconds
+from cost_models.gemm_formats import format_seconds
 from cost_models.timeline import TimedOp, schedule
 from ir.dtypes import nbytes
+from ir.format_plan import FormatPlan
 from ir.ops import Op
 from ir.plan import Timeline
 from ir.program import Mode, Model
@@ -62,6 +64,8 @@ def step_timeline(
     workload: Workload,
     calibration: Calibration,
     mode: Mode,
+    formats: FormatPlan | None = None,
+    fetch_seconds: float = 0.0,
 ) -> Timeline:
     """The modelled step.
 
@@ -72,13 +76,18 @@ def step_timeline(
         workload: batch and element types.
         calibration: constants.
         mode: "train" or "inference".
+        formats: number formats of GEMM operands and of cached keys and values.
+        fetch_seconds: of rows that the busiest memory tier hands over for a later step, beside this one.
     """
     forward = dense_seconds(model, topology, workload, calibration)
+    if formats is not None:
+        train = mode == "train"
+        forward |= format_seconds(model.ops, formats, forward, topology, workload, calibration, train=train)
     bottom = [op for op in model.ops if op.phase == "bottom"]
     top = [op for op in model.ops if op.phase != "bottom"]
     below = {op.name: forward[op.name] for op in bottom if forward[op.name] > 0}
     above = {op.name: forward[op.name] for op in top if forward[op.name] > 0}
-    ops: list[TimedOp] = []
+    ops: list[TimedOp] = [TimedOp("fetch_rows_next", "host", fetch_seconds)] if fetch_seconds > 0 else []
     lookup_after: tuple[str, ...] = ()
     if mode == "inference":
         ops.append(TimedOp("input_dist", "network", phase_seconds["input_dist"]))

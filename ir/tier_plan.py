@@ -39,6 +39,8 @@ class TierRequest:
         write_amplification: bytes written to a drive per byte handed to the storage layer above it (DWPD
             counts bytes that the host writes, so the drive's own amplification is not counted).
         tables: glob over table names -> tiers that these may use.
+        host_price, host_watt: US dollars and watts of a host without its listed tiers; "cost" and "power"
+            choose which tiers a host is bought with, and need them.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -53,6 +55,8 @@ class TierRequest:
     endurance_years: Annotated[float, Field(gt=0)] = ENDURANCE_YEARS
     write_amplification: Annotated[float, Field(ge=1)] = 1.0
     tables: dict[str, Annotated[tuple[str, ...], Field(min_length=1)]] | None = None
+    host_price: Annotated[float, Field(gt=0)] | None = None
+    host_watt: Annotated[float, Field(gt=0)] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from cost_models.gemm_formats import format_memory
 from cost_models.memory import dense_memory
 from cost_models.placed import rank_memory
 from ir.plan import RankMemory
@@ -23,6 +24,11 @@ class MemoryAccounting:
         assert program.tables is not None, "sharding runs before memory accounting"
         topology, workload, mode = program.topology, program.workload, program.options.mode
         dense = dense_memory(program.model, workload, topology, mode)
+        if program.decisions.formats is not None and mode == "inference":
+            change = format_memory(program.model, program.decisions.formats, workload, topology)
+            dense = {
+                purpose: dense.get(purpose, 0) + change.get(purpose, 0) for purpose in {**dense, **change}
+            }
         limit = memory_limit(program)
         ranks = []
         for rank, embedding in enumerate(rank_memory(program.tables, topology, workload, mode)):

@@ -14,6 +14,9 @@ proved gap is smaller on large problems.
 Limits, by the names that errors use: ``hbm_budget`` (weights, optimizer, gradients, buffers and the
 dense part on each rank) and ``tables[NAME].sharding_types`` / ``tables[NAME].ranks`` (the user's).
 
+With constraints on number formats or memory tiers these are chosen in the same problem, see
+:mod:`passes.joint`.
+
 Prices are :mod:`passes.sharding_prices`, the search and the bound :func:`passes.assignment.solve`.
 """
 
@@ -23,16 +26,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cost_models.calibration import Calibration, default_calibration
-from cost_models.embedding import PHASES, phase_overheads
+from cost_models.embedding import phase_overheads
 from ir.errors import InfeasibleError
-from ir.ops import EmbeddingTable
-from ir.plan import EVERY_RANK, Certificate, Shard, TablePlan
+from ir.plan import Certificate
 from ir.program import Program
-from ir.sharding import Unit, units
 from ir.units import format_bytes
 from passes.assignment import Solution, solve
 from passes.reasons import explain_tables
-from passes.sharding_prices import PricedOption, sharding_problem
+from passes.sharding_plans import table_plan
+from passes.sharding_prices import sharding_problem
 
 # With hundreds of tables the last per cent costs most of the search and is less than the cost model's
 # error; with few it is cheap, and the plan may be proved optimal.
@@ -45,52 +47,6 @@ _OBJECTIVES = {
 }
 
 
-def _shards(unit: Unit, place: int, host_size: int) -> list[Shard]:
-    first = {"rank": place, "host": place * host_size, "all": 0}[unit.scope]
-    return [
-        Shard(first + i, block.row, block.col, block.rows, block.cols) for i, block in enumerate(unit.blocks)
-    ]
-
-
-def _table_plan(
-    program: Program, table: EmbeddingTable, priced: PricedOption, places: tuple[int, ...]
-) -> TablePlan:
-    world, host_size = program.topology.world_size, program.topology.host_size
-    copied = priced.option.sharding_type == "data_parallel"
-    if copied:
-        shards = [Shard(EVERY_RANK, 0, 0, table.rows, table.dim)]
-    else:
-        made = units(priced.option, table.rows, world, host_size)
-        shards = [
-            shard
-            for unit, place in zip(made, places, strict=True)
-            for shard in _shards(unit, place, host_size)
-        ]
-    seconds = dict.fromkeys(PHASES, 0.0)
-    memory: dict[str, int] = {}
-    holders = {"rank": 1, "host": host_size, "all": world}[priced.option.scope]
-    for unit in priced.units:
-        for phase in PHASES:
-            seconds[phase] += unit.seconds[phase] * unit.count * holders
-        for purpose, size in unit.memory.items():
-            memory[purpose] = memory.get(purpose, 0) + size * unit.count * holders
-    return TablePlan(
-        name=table.name,
-        rows=table.rows,
-        dim=table.dim,
-        dtype=table.dtype,
-        features=table.features,
-        pooling=table.pooling,
-        module=table.module,
-        parameter=table.parameter,
-        sharding_type=priced.option.sharding_type,
-        compute_kernel="dense" if copied else "fused",
-        shards=tuple(shards),
-        terms=seconds,
-        memory=memory,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Sharding:
     """The sharding pass; ``calibration`` overrides the constants of the device kind."""
@@ -101,6 +57,11 @@ class Sharding:
     def run(self, program: Program) -> Program:
         """Decide ``tables`` and ``certificate``; raises InfeasibleError."""
         calibration = self.calibration or default_calibration(program.topology)
+        constraints = program.options.constraints
+        if constraints.formats is not None or constraints.tiers is not None:
+            from passes.joint_plan import decide_jointly  # loads OR-Tools
+
+            return decide_jointly(program, calibration)
         stated = sharding_problem(program, calibration)
         try:
             solution = solve(
@@ -112,7 +73,7 @@ class Sharding:
         except InfeasibleError as error:
             raise _in_the_users_words(error, stated.dense) from None
         plans = tuple(
-            _table_plan(program, table, options[choice], tuple(places))
+            table_plan(program, table, options[choice], tuple(places))
             for table, options, choice, places in zip(
                 program.model.tables, stated.options, solution.choice, solution.placement, strict=True
             )

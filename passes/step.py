@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.embedding import phase_overheads
-from cost_models.placed import rank_seconds
+from cost_models.placed import rank_seconds, rank_tiers
 from cost_models.step import step_timeline
 from ir.plan import Assumption
 from ir.program import Program
@@ -34,8 +34,30 @@ class StepTimeline:
         overheads = phase_overheads(topology, workload, calibration, mode)
         phases = {phase: seconds + overheads[phase] for phase, seconds in slowest.items()}
         phases = compressed_phases(phases, program.decisions.compression)
-        timeline = step_timeline(program.model, phases, topology, workload, calibration, mode)
+        timeline = step_timeline(
+            program.model,
+            phases,
+            topology,
+            workload,
+            calibration,
+            mode,
+            program.decisions.formats,
+            _fetch_seconds(program, calibration),
+        )
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
+
+
+def _fetch_seconds(program: Program, calibration: Calibration) -> float:
+    """Seconds a step that the busiest memory tier (or host link) of any rank needs for its rows."""
+    request = program.options.constraints.tiers
+    if request is None or program.tables is None:
+        return 0.0
+    used = rank_tiers(
+        program.tables, program.topology, program.workload, calibration, program.options.mode, request
+    )
+    return max(
+        (float(v.max()) for uses in used.values() for kind, v in uses.items() if kind != "bytes"), default=0.0
+    )
 
 
 def assumptions(program: Program, calibration: Calibration) -> tuple[Assumption, ...]:

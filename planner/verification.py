@@ -3,7 +3,8 @@
 Nothing here calls the passes or the cost models. Coverage is counted cell by cell over the rectangles
 the shards cut a table into; memory is re-added from rows, widths and the optimizer's state; geometry is
 checked against what each sharding type means. Checks, in order: ``format``, ``tables``, ``ranks``,
-``coverage``, ``geometry``, ``kernels``, ``memory``, ``certificate``, ``timeline``, ``dedup``, ``model``.
+``coverage``, ``geometry``, ``kernels``, ``memory``, ``formats``, ``tiers``, ``certificate``, ``timeline``, ``dedup``,
+``towers``, ``parallelism``, ``parallel_memory``, ``model``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from ir.plan import EVERY_RANK, FORMAT_VERSION, Plan, Shard, TablePlan
 from ir.units import format_bytes
 from planner.verify_compression import compression_faults
 from planner.verify_dedup import check_dedup
+from planner.verify_growth import check_growth
+from planner.verify_llm import check_parallel_memory, check_parallelism
+from planner.verify_storage import check_formats, check_tiers, device_share, state_share, weight_bytes
+from planner.verify_towers import check_towers
 
 _WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # bytes of optimizer state a parameter, and a row
@@ -46,10 +51,16 @@ def verify(plan: Plan, tables: tuple[EmbeddingTable, ...] | None = None) -> tupl
         ("geometry", _geometry),
         ("kernels", _kernels),
         ("memory", _memory),
+        ("formats", check_formats),
+        ("tiers", check_tiers),
         ("certificate", _certificate),
         ("timeline", _timeline),
         ("dedup", check_dedup),
+        ("towers", check_towers),
+        ("growth", check_growth),
         ("compression", compression_faults),
+        ("parallelism", check_parallelism),
+        ("parallel_memory", check_parallel_memory),
     ]
     findings = []
     for name, check in checks:
@@ -74,7 +85,7 @@ def _tables(plan: Plan) -> Iterator[str]:
         seen.add(table.name)
         if not table.shards:
             yield f"table {table.name!r} has no shards"
-    if not plan.table_plans:
+    if not plan.table_plans and plan.decisions.parallelism is None:
         yield "the plan decides no table"
 
 
@@ -182,9 +193,10 @@ def _memory(plan: Plan) -> Iterator[str]:
     needed = [0.0] * plan.world_size
     state_element, state_row = _STATE_BYTES[plan.workload.optimizer] if plan.mode == "train" else (0, 0)
     for table in plan.table_plans:
-        weight = _WEIGHT_BYTES.get(table.dtype, 4)
+        held, state = device_share(plan, table), state_share(table)
         for shard in table.shards:
-            size = shard.rows * (shard.cols * (weight + state_element) + state_row)
+            size = weight_bytes(table, shard.cols) + (shard.cols * state_element + state_row) * state
+            size *= shard.rows * held
             for rank in range(plan.world_size) if shard.rank == EVERY_RANK else (shard.rank,):
                 needed[rank] += size
     capacity = plan.constraints.memory_limit or plan.topology.device.tiers[0].capacity
@@ -194,7 +206,7 @@ def _memory(plan: Plan) -> Iterator[str]:
             yield f"rank {entry.rank} claims a limit of {format_bytes(entry.limit)}, the device has {format_bytes(usable)}"
         if entry.total > usable:
             yield f"rank {entry.rank} uses {format_bytes(entry.total)} of {format_bytes(usable)}"
-        if entry.total < needed[entry.rank]:
+        if entry.total < needed[entry.rank] * (1 - 1e-9):
             yield (
                 f"rank {entry.rank} claims {format_bytes(entry.total)}, its shards alone need "
                 f"{format_bytes(needed[entry.rank])}"

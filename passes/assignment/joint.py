@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,15 +19,17 @@ from passes.assignment.compiled import average_row, compile_problem
 from passes.assignment.master import MARGIN, Column, Duals, Limits, Master, whole_choice
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Option, Problem, Solution, evaluate, evaluate_extra
+from passes.assignment.solve import solve
 from passes.assignment.target_search import Incumbent
 
 PRICING_ROUNDS = 40
 KEPT = 12  # columns of a class that the search may choose from
-NEAR = 0.02  # of the bound: columns whose reduced cost is below are kept
 WHOLE_CLASSES = 120  # classes up to which the whole-number program is solved; beyond, the point is rounded
 TIGHTER = (1.0, 0.98, 0.95, 0.9, 0.8)  # of all limits: room left for placing whole pieces
 LONGER = (1.0, 1.01, 1.03, 1.1, 1.3, 2.0)  # of the stretched step
-WORK_A_TABLE = 0.01  # seconds of polishing a table, at least a second
+WORK_A_TABLE = 0.03  # seconds of polishing a table, at least LEAST_WORK and at most MOST_WORK
+LEAST_WORK, MOST_WORK = 0.5, 20.0
+BUSY = 0.9  # of the step: with no resource busier than that, a longer step gains nothing
 
 Pricer = Callable[[Duals], list[tuple[int, Option]]]
 """Options of classes whose reduced cost may be negative at these prices."""
@@ -75,11 +77,10 @@ class Joint:
     """A placed solution of a joint problem."""
 
     problem: Problem  # with the columns that the search chose from
-    options: tuple[tuple[int, ...], ...]  # for each table, positions of those columns in its class's menu
     solution: Solution  # its objective is the sum of phases
     step: float  # seconds: the longer of base + phases and every stretched resource
     relaxed: Relaxation
-    trials: int = field(default=0)
+    trials: int = 0
 
 
 def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> Relaxation:
@@ -173,7 +174,7 @@ def solve_joint(
             if best is None or found.step < best.step:
                 best = found
             break
-        if best is not None and best.step <= relaxed.bound * longer * (1 + 1e-6):
+        if best is not None and (best.step <= relaxed.bound * longer * (1 + 1e-6) or not _busy(frame, best)):
             break
     if best is None:
         raise InfeasibleError(
@@ -182,19 +183,79 @@ def solve_joint(
             conflict=("capacity", "tables"),
             relaxation="more capacity or bandwidth in some tier",
         )
+    if not best.solution.extra.any():
+        best = _resharded(frame, menus, best, time_limit, seed, stop_gap)
     return replace(best, trials=trials)
 
 
+def _busy(frame: Frame, joint: Joint) -> bool:
+    """Whether some stretched resource is nearly as busy as the step is long."""
+    used = joint.solution.extra.max(axis=0) if frame.limits else np.zeros(0)
+    return any(s and u > BUSY * joint.step for s, u in zip(frame.stretched, used, strict=True))
+
+
+def _bare(options: Sequence[tuple[Option, ...]]) -> tuple[tuple[Option, ...], ...]:
+    """The options without further resources and budget shares; equal rows stay one object."""
+    made: dict[int, tuple[Option, ...]] = {}
+    for row in options:
+        if id(row) not in made:
+            made[id(row)] = tuple(
+                replace(o, cost=(), pieces=tuple(replace(p, extra=()) for p in o.pieces)) for o in row
+            )
+    return tuple(made[id(row)] for row in options)
+
+
+def _resharded(
+    frame: Frame, menus: Sequence[Menu], joint: Joint, time_limit: float, seed: int, stop_gap: float
+) -> Joint:
+    """The solver for sharding alone, with what each table takes of the budgets fixed; the better of both.
+
+    For solutions that use no further resource.
+    """
+    costs = [joint.problem.options[t][j].cost for t, j in enumerate(joint.solution.choice)]
+    options: list[tuple[Option, ...]] = [()] * len(costs)
+    made: dict[tuple[int, tuple[float, ...]], tuple[Option, ...]] = {}
+    for c, menu in enumerate(menus):
+        for t in menu.tables:
+            key = c, costs[t]
+            if key not in made:
+                made[key] = tuple(
+                    o for o in menu.options if o.cost == costs[t] and not any(any(p.extra) for p in o.pieces)
+                )
+            options[t] = made[key]
+    fixed = replace(joint.problem, options=tuple(options))
+    bare = replace(fixed, limits=(), budgets=(), options=_bare(options))
+    try:
+        found = solve(bare, time_limit=time_limit, seed=seed, effort="normal", stop_gap=stop_gap)
+    except InfeasibleError:
+        return joint
+    if found.objective >= joint.solution.objective:
+        return joint
+    best = Incumbent(choice=list(found.choice), placement=[list(p) for p in found.placement])
+    solution = _finish(fixed, best, joint.solution.lower_bound, joint.solution.work + found.work)
+    return replace(joint, problem=fixed, solution=solution, step=frame.base + solution.objective)
+
+
 def _kept(menus: Sequence[Menu], relaxed: Relaxation) -> list[list[int]]:
-    """Columns of each class worth choosing from: those in use, then the least reduced costs."""
+    """Columns of each class worth choosing from, by reduced cost.
+
+    Those in use, the best of each kind of piece and of the fewest bytes (what packs when whole pieces do not),
+    then the least reduced costs.
+    """
     by_class: list[list[tuple[float, int]]] = [[] for _ in menus]
-    near = NEAR * abs(relaxed.bound)
     for k, made in enumerate(relaxed.columns):
-        reduced = Master.reduced(made, relaxed.duals)
         used = relaxed.values[k] > 1e-9
-        if used or reduced * len(menus[made.owner].tables) <= near * max(1, len(menus[made.owner].tables)):
-            by_class[made.owner].append((-1.0 if used else reduced, k))
-    return [sorted(k for _, k in sorted(found)[:KEPT]) for found in by_class]
+        by_class[made.owner].append((-1.0 if used else Master.reduced(made, relaxed.duals), k))
+    kept = []
+    for c, found in enumerate(by_class):
+        found.sort()
+        first: dict[str, int] = {}
+        for _, k in found:
+            first.setdefault(menus[c].options[relaxed.index[k][1]].pieces[0].scope, k)
+        lean = min(found, key=lambda item: (relaxed.columns[item[1]].memory, item))[1]
+        wanted = [*(k for value, k in found if value < 0), *first.values(), lean, *(k for _, k in found)]
+        kept.append(sorted(list(dict.fromkeys(wanted))[: max(KEPT, len(first) + 1)]))
+    return kept
 
 
 def _attempt(
@@ -216,14 +277,12 @@ def _attempt(
     if counts is None:
         return None
     options: list[tuple[Option, ...]] = [()] * len(frame.names)
-    positions: list[tuple[int, ...]] = [()] * len(frame.names)
     choice = [0] * len(frame.names)
     for menu, columns, taken in zip(menus, kept, counts, strict=True):
-        places = tuple(relaxed.index[k][1] for k in columns)
-        row = tuple(menu.options[o] for o in places)
+        row = tuple(menu.options[relaxed.index[k][1]] for k in columns)
         filled = [i for i, n in enumerate(taken) for _ in range(n)]
         for t, chosen in zip(menu.tables, filled, strict=True):
-            options[t], positions[t], choice[t] = row, places, chosen
+            options[t], choice[t] = row, chosen
     problem = Problem(
         frame.names,
         tuple(options),
@@ -235,7 +294,7 @@ def _attempt(
         frame.budgets,
     )
     compiled = compile_problem(problem)
-    work = Budget(min(time_limit, max(1.0, WORK_A_TABLE * len(frame.names) * 10)))
+    work = Budget(min(time_limit, max(LEAST_WORK, min(MOST_WORK, WORK_A_TABLE * len(frame.names)))))
     bound = max(relaxed.bound - frame.base, 1e-12)
     best = Incumbent(choice=choice)
     Polisher(compiled, bound, work, seed, relaxed.duals.cost).run(best, stop_gap)
@@ -243,7 +302,7 @@ def _attempt(
         return None
     solution = _finish(problem, best, bound, work.work)
     busy = [float(solution.extra[:, e].max()) for e, stretched in enumerate(frame.stretched) if stretched]
-    return Joint(problem, tuple(positions), solution, max([frame.base + solution.objective, *busy]), relaxed)
+    return Joint(problem, solution, max([frame.base + solution.objective, *busy]), relaxed)
 
 
 def _finish(problem: Problem, best: Incumbent, bound: float, work: float) -> Solution:

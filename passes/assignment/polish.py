@@ -240,8 +240,18 @@ class Polisher:
         if self.state.extra is not None:
             size = np.maximum(size, (compiled.mean_extra[flat] / self.state.room).max(axis=1))
         for t in np.argsort(-size, kind="stable"):
-            if not self._best(int(t), [choices[t]], tau):
+            if not self._best(int(t), [choices[t]], tau) and not self._repair(int(t), tau):
                 return
+
+    def _repair(self, t: int, tau: float) -> bool:
+        """Another option for a table whose own fits nowhere; under further limits only.
+
+        Those choices come from averages over ranks, which do not see how whole pieces pack.
+        """
+        if self.state.extra is None and not self.compiled.problem.budgets:
+            return False
+        span = slice(int(self.compiled.start[t]), int(self.compiled.start[t + 1]))
+        return self._best(t, [int(j) for j in np.flatnonzero(self.compiled.usable[span])], tau)
 
     def _best(self, t: int, options: Sequence[int], tau: float) -> bool:
         """Put a table back where Phi rises least; False if nothing fits."""
