@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from ir.compression import CompressionRequest
 from ir.dedup import DedupRequest
 from ir.format_plan import FormatRequest
+from ir.growth import GrowthRequest
 from ir.parallelism import ParallelismConstraints
 from ir.reading import STRICT, dump_record, parse_record
 from ir.tier_plan import TierRequest
@@ -71,6 +72,7 @@ class Constraints:
     compression: CompressionRequest | None = None  # None: vectors travel in the workload's exchange type
     dedup: DedupRequest | None = None
     formats: FormatRequest | None = None  # None: every tensor keeps the type it is declared with
+    growth: GrowthRequest | None = None  # None: the model keeps its size
     parallelism: ParallelismConstraints | None = None  # of a decoder; None: all of it is the planner's
     tiers: TierRequest | None = None  # None: tables stay in the device's first tier
     towers: TowerRequest | None = None  # None: lookups stay flat

@@ -14,6 +14,7 @@ from pydantic import ConfigDict
 from ir.compression import Compression
 from ir.dedup import DedupPlan
 from ir.format_plan import FormatPlan
+from ir.growth import Growth
 from ir.parallelism import Parallelism
 from ir.reading import STRICT
 from ir.tier_plan import TierPlan
@@ -29,6 +30,7 @@ class Decisions:
     compression: Compression | None = None
     dedup: DedupPlan | None = None
     formats: FormatPlan | None = None
+    growth: Growth | None = None
     parallelism: Parallelism | None = None
     tiers: TierPlan | None = None
     towers: TowerDecision | None = None

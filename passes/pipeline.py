@@ -12,6 +12,7 @@ from ir.verifier import verify_program
 from passes.base import Pass
 from passes.compression import CompressionBounds
 from passes.dedup import Dedup
+from passes.growth import GrowthSchedule
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
 from passes.step import StepTimeline
@@ -28,6 +29,7 @@ def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
         MemoryAccounting(),  # needs the shards
         CompressionBounds(calibration),  # needs the shards, changes what the step waits for
         StepTimeline(calibration),  # needs the time of each phase, which the shards decide
+        GrowthSchedule(calibration),  # prices every phase as the passes before it price a step
     )
 
 

@@ -14,6 +14,7 @@ from ir.plan import Plan
 RENDERERS: dict[str, str] = {
     "compression": "planner.compression_render:render_compression",
     "dedup": "planner.dedup_render:render_dedup",
+    "growth": "planner.growth_render:render_growth",
 }
 
 

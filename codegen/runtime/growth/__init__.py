@@ -1,0 +1,1 @@
+"""Alternate growth and pruning in a running training: layers that really become narrower and wider."""

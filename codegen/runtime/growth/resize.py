@@ -1,0 +1,165 @@
+"""Linear layers that change their width in training, with the optimizer's state.
+
+A pruned layer is a smaller dense layer, not a masked one: its weight, its gradient and its optimizer
+state have only the units that are kept, so forward, backward and update cost what their sizes say.
+What a removed unit had learnt (weights and state) is kept aside at full size. When the unit comes back,
+its incoming weights and their state are those it left with; its outgoing weights are zero with fresh
+state, so the function of the model does not jump (as in Net2Net, Chen et al. 2016, arXiv 1511.05641).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ir.errors import InputError
+from ir.growth import PrunedLayer
+
+
+@dataclass
+class _Store:
+    """A parameter at full size: its value, and each tensor of its optimizer state of the same shape."""
+
+    value: Tensor
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.value, *self.state.values()]
+
+
+class Resizer:
+    """Changes the width of hidden layers of ``model`` and keeps ``optimizer`` in step.
+
+    Args:
+        model: the whole model, at full size.
+        layers: what may shrink; of a plan, ``plan.decisions.growth.layers``.
+        optimizer: holds the parameters of those layers; None where there is none.
+
+    Raises:
+        InputError: a layer that the model does not have, or of another width.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[PrunedLayer], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self.layers, self.optimizer = tuple(layers), optimizer
+        self.rows = {layer.producer: i for i, layer in enumerate(layers)}
+        self.columns = {name: i for i, layer in enumerate(layers) for name in layer.consumers}
+        self.modules = {name: _linear(model, name) for name in {**self.rows, **self.columns}}
+        for layer in layers:
+            for name, width in (
+                (layer.producer, self.modules[layer.producer].out_features),
+                *((name, self.modules[name].in_features) for name in layer.consumers),
+            ):
+                if width != layer.units:
+                    raise InputError(f"layer {name!r} has {width} units where the plan has {layer.units}")
+        self.kept = [torch.arange(layer.units) for layer in layers]
+        self.stores = {
+            name: {key: _Store(p.detach().clone()) for key, p in module.named_parameters()}
+            for name, module in self.modules.items()
+        }
+
+    def resize(self, counts: Sequence[int]) -> None:
+        """Keep ``counts[i]`` units of layer i: prune the least important, or grow the best that were removed.
+
+        Raises:
+            InputError: a count below 1 or above the layer's units.
+        """
+        for layer, count in zip(self.layers, counts, strict=True):
+            if not 1 <= count <= layer.units:
+                raise InputError(
+                    f"layer {layer.producer!r} has {layer.units} units; it cannot keep {count} of them"
+                )
+        self._write_back()
+        scores = [self.importance(i) for i in range(len(self.layers))]
+        self.keep([_choose(s, kept, count) for s, kept, count in zip(scores, self.kept, counts, strict=True)])
+
+    def keep(self, kept: Sequence[Tensor]) -> None:
+        """Keep exactly these units of each layer (ascending indices)."""
+        self._write_back()
+        for i, now in enumerate(kept):
+            back = now[~torch.isin(now, self.kept[i])]
+            for name in self.layers[i].consumers:
+                for tensor in self.stores[name]["weight"].tensors():
+                    tensor[:, back] = 0
+        self.kept = list(kept)
+        self._take()
+
+    def importance(self, layer: int) -> Tensor:
+        """Of each unit: norm of its incoming weights times norm of its outgoing weights, when last active."""
+        one = self.layers[layer]
+        incoming = self.stores[one.producer]["weight"].value
+        outgoing = torch.cat([self.stores[name]["weight"].value for name in one.consumers])
+        scores: Tensor = incoming.norm(dim=1) * outgoing.norm(dim=0)
+        return scores
+
+    def _indices(self, name: str, key: str) -> tuple[Tensor, ...]:
+        """Which rows (and columns) of the full parameter are active."""
+        module = self.modules[name]
+        full = self.stores[name][key].value
+        rows = self.kept[self.rows[name]] if name in self.rows else torch.arange(full.shape[0])
+        if key == "bias":
+            return (rows.to(module.weight.device),)
+        cols = self.kept[self.columns[name]] if name in self.columns else torch.arange(full.shape[1])
+        return rows[:, None].to(module.weight.device), cols[None].to(module.weight.device)
+
+    def _write_back(self) -> None:
+        """What the active units have learnt, into the full-size copies."""
+        for name, module in self.modules.items():
+            for key, parameter in module.named_parameters():
+                store, where = self.stores[name][key], self._indices(name, key)
+                store.value[where] = parameter.detach()
+                for field_, tensor in self._state(parameter).items():
+                    full = store.state.setdefault(field_, torch.zeros_like(store.value, dtype=tensor.dtype))
+                    full[where] = tensor
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The optimizer's tensors that have an entry for each weight."""
+        held = self.optimizer.state.get(parameter, {}) if self.optimizer is not None else {}
+        return {
+            key: value
+            for key, value in held.items()
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim
+        }
+
+    def _take(self) -> None:
+        """Make the active part of each full-size copy the parameter."""
+        for name, module in self.modules.items():
+            for key, parameter in list(module.named_parameters()):
+                store, where = self.stores[name][key], self._indices(name, key)
+                smaller = nn.Parameter(store.value[where].clone(), requires_grad=parameter.requires_grad)
+                setattr(module, key, smaller)
+                self._replace(parameter, smaller, {k: full[where].clone() for k, full in store.state.items()})
+            module.out_features, module.in_features = module.weight.shape
+
+    def _replace(self, old: nn.Parameter, new: nn.Parameter, state: dict[str, Tensor]) -> None:
+        """The optimizer's groups and state name the new parameter; counters of steps stay."""
+        if self.optimizer is None:
+            return
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+        held = self.optimizer.state.pop(old, None)
+        if held is not None:
+            self.optimizer.state[new] = {**held, **state}
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise InputError(f"the model has no layer {name!r}; compile the plan for this model") from None
+    if not isinstance(module, nn.Linear):
+        raise InputError(f"{name!r} is a {type(module).__name__}; only linear layers change their width")
+    return module
+
+
+def _choose(scores: Tensor, kept: Tensor, count: int) -> Tensor:
+    """``count`` units: of the active ones the best, and if those are too few, the best of the others too."""
+    active = torch.zeros(len(scores), dtype=torch.bool)
+    active[kept] = True
+    # active units first when growing, so that no active unit makes room for a removed one
+    order = torch.argsort(scores.cpu() + (scores.max().cpu() + 1) * active, descending=True, stable=True)
+    return order[:count].sort().values
