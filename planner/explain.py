@@ -11,6 +11,7 @@ from ir.units import format_bytes, format_count, format_seconds
 from planner.llm_render import explain_llm, explain_llm_rank
 from planner.render import grid, percent, signed, summary, table_list
 from planner.sections import render_sections
+from planner.storage_render import storage_lines
 
 
 def find_table(plan: Plan, name: str) -> TablePlan:
@@ -81,6 +82,7 @@ def explain_table(plan: Plan, name: str) -> RenderableType:
         Text(f"why: {table.reason}"),
         Text(f"memory over all ranks: {memory}"),
         Text(f"kernel: {table.compute_kernel}"),
+        *storage_lines(plan, table),
         Text(),
         costs,
     )

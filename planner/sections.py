@@ -14,7 +14,10 @@ from ir.plan import Plan
 RENDERERS: dict[str, str] = {
     "compression": "planner.compression_render:render_compression",
     "dedup": "planner.dedup_render:render_dedup",
+    "formats": "planner.storage_render:render_formats",
     "growth": "planner.growth_render:render_growth",
+    "tiers": "planner.storage_render:render_tiers",
+    "towers": "planner.towers:render_towers",
 }
 
 
