@@ -5,18 +5,16 @@
  * sum_i key[i] * word[i] + key[0] * (number + 1) modulo 2^64 over 32-bit words (multilinear hashing: Lemire and
  * Kaser, "Strongly universal string hashing is fast", Computer Journal 57(11), 2014).
  *
- * Reads and writes of many pages are shared by threads, each of which waits for one page at a time: a
- * device serves several requests at once, and this needs no interface beyond pread and pwrite.
+ * A device serves many requests at once. On Linux they are handed over with io_submit: one thread keeps many in
+ * flight, where as many threads would each have to be scheduled, which takes longer than a read. Elsewhere, and
+ * where the kernel has no such queue, pages are moved one after the other.
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <pthread.h>
-#include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
-
-enum { MAX_THREADS = 64 };
 
 static uint32_t check_of(const uint8_t *page, int64_t bytes, int64_t number, const uint64_t *key) {
     const uint32_t *word = (const uint32_t *)page;
@@ -49,47 +47,101 @@ typedef struct {
     uint8_t *buffer;
     const uint64_t *key;
     uint64_t epoch;
-    atomic_llong next, fault;
 } job_t;
 
-/* Moves one page; 0, or -errno, or i + 1 when page i is damaged. */
-static int64_t move(job_t *job, int64_t i) {
-    uint8_t *page = job->buffer + i * job->bytes;
-    if (job->writing) stamp(page, job->bytes, job->number[i], job->key, job->epoch);
-    for (int64_t done = 0; done < job->bytes;) {
-        ssize_t got = job->writing ? pwrite(job->fd, page + done, job->bytes - done, job->offset[i] + done)
-                                   : pread(job->fd, page + done, job->bytes - done, job->offset[i] + done);
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return -errno;
-        if (got == 0) return i + 1;
-        done += got;
-    }
-    return job->writing || whole(page, job->bytes, job->number[i], job->key, job->epoch) ? 0 : i + 1;
+/* What became of page i, of which `got` bytes were moved: 0, or -errno, or i + 1 when it is cut or damaged. */
+static int64_t verdict(const job_t *job, int64_t i, int64_t got) {
+    if (got < 0) return got;
+    if (got != job->bytes) return job->writing ? -EIO : i + 1;
+    if (job->writing) return 0;
+    return whole(job->buffer + i * job->bytes, job->bytes, job->number[i], job->key, job->epoch) ? 0 : i + 1;
 }
 
-static void *work(void *argument) {
-    job_t *job = argument;
-    for (;;) {
-        int64_t i = atomic_fetch_add(&job->next, 1);
-        if (i >= job->n || atomic_load(&job->fault)) return NULL;
-        int64_t fault = move(job, i);
-        if (fault) atomic_store(&job->fault, fault);
+static int64_t one_by_one(const job_t *job) {
+    for (int64_t i = 0; i < job->n; i++) {
+        uint8_t *page = job->buffer + i * job->bytes;
+        ssize_t got;
+        if (job->writing) stamp(page, job->bytes, job->number[i], job->key, job->epoch);
+        do got = job->writing ? pwrite(job->fd, page, job->bytes, job->offset[i])
+                              : pread(job->fd, page, job->bytes, job->offset[i]);
+        while (got < 0 && errno == EINTR);
+        int64_t fault = verdict(job, i, got < 0 ? -errno : got);
+        if (fault) return fault;
     }
+    return 0;
 }
 
+#ifdef __linux__
+#include <linux/aio_abi.h>
+#include <sys/syscall.h>
+
+enum { DEPTH = 64 }; /* requests in flight: NVMe drives reach their rate at 16 to 64 */
+
+/* A queue for asynchronous requests of one thread at a time, or 0. */
+uint64_t queue_open(void) {
+    aio_context_t queue = 0;
+    return syscall(SYS_io_setup, DEPTH, &queue) ? 0 : (uint64_t)queue;
+}
+
+void queue_close(uint64_t queue) {
+    if (queue) syscall(SYS_io_destroy, (aio_context_t)queue);
+}
+
+/* All pages of a job, many at a time; checksums are computed while others are on their way. */
+static int64_t many_at_once(const job_t *job, aio_context_t queue) {
+    struct iocb block[DEPTH], *ready[DEPTH];
+    struct io_event event[DEPTH];
+    int idle[DEPTH], idles = DEPTH;
+    int64_t next = 0, done = 0, fault = 0;
+    for (int k = 0; k < DEPTH; k++) idle[k] = k;
+    while (done < next || (next < job->n && !fault)) {
+        int made = 0;
+        while (idles && next < job->n && !fault) {
+            struct iocb *request = &block[idle[--idles]];
+            uint8_t *page = job->buffer + next * job->bytes;
+            if (job->writing) stamp(page, job->bytes, job->number[next], job->key, job->epoch);
+            memset(request, 0, sizeof *request);
+            request->aio_data = (uint64_t)next;
+            request->aio_lio_opcode = job->writing ? IOCB_CMD_PWRITE : IOCB_CMD_PREAD;
+            request->aio_fildes = (uint32_t)job->fd;
+            request->aio_buf = (uint64_t)(uintptr_t)page;
+            request->aio_nbytes = (uint64_t)job->bytes;
+            request->aio_offset = job->offset[next++];
+            ready[made++] = request;
+        }
+        for (int sent = 0; sent < made;) {
+            long took = syscall(SYS_io_submit, queue, (long)(made - sent), ready + sent);
+            if (took > 0) { sent += (int)took; continue; }
+            if (took < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+            fault = took < 0 ? -errno : -EIO;
+            done += made - sent; /* these were never sent */
+            break;
+        }
+        if (done == next) continue;
+        long came = syscall(SYS_io_getevents, queue, 1L, (long)DEPTH, event, NULL);
+        if (came < 0 && errno != EINTR) return -errno;
+        for (long k = 0; k < came; k++, done++) {
+            int64_t bad = verdict(job, (int64_t)event[k].data, (int64_t)event[k].res);
+            if (bad && !fault) fault = bad;
+            idle[idles++] = (int)((struct iocb *)(uintptr_t)event[k].obj - block);
+        }
+    }
+    return fault;
+}
+#else
+uint64_t queue_open(void) { return 0; }
+void queue_close(uint64_t queue) { (void)queue; }
+#endif
+
+/* Reads and verifies, or stamps and writes, n pages; `queue` 0 moves one page at a time. */
 int64_t move_pages(int fd, int writing, const int64_t *offset, const int64_t *number, int64_t n, int64_t bytes,
-                   uint8_t *buffer, const uint64_t *key, uint64_t epoch, int threads) {
-    job_t job = {fd, writing, offset, number, n, bytes, buffer, key, epoch, 0, 0};
-    pthread_t started[MAX_THREADS];
-    int others = 0;
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    while (others + 1 < threads && others + 1 < n) {
-        if (pthread_create(&started[others], NULL, work, &job)) break;
-        others++;
-    }
-    work(&job);
-    for (int t = 0; t < others; t++) pthread_join(started[t], NULL);
-    return atomic_load(&job.fault);
+                   uint8_t *buffer, const uint64_t *key, uint64_t epoch, uint64_t queue) {
+    job_t job = {fd, writing, offset, number, n, bytes, buffer, key, epoch};
+#ifdef __linux__
+    if (queue && n > 1) return many_at_once(&job, (aio_context_t)queue);
+#endif
+    (void)queue;
+    return one_by_one(&job);
 }
 
 /* Stamps (writing) or verifies pages that lie in memory; page i is at base + offset[i]. */

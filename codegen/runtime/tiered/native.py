@@ -21,7 +21,6 @@ Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 HEADER = 16  # bytes of a page's header: checksum, spare word, epoch
-READ_THREADS = 16  # requests in flight: NVMe reaches its rate at a queue depth of 16 (AnandTech 11209, QD16)
 
 # the two ways to make bytes durable, in one place so that tests can watch and cut them
 pwrite = os.pwrite
@@ -44,7 +43,8 @@ def library() -> ctypes.CDLL | None:
     found = _native.load_file(_native.SOURCE.with_name("pages.c"))
     if found is not None:
         found.move_pages.restype = found.check_pages.restype = ctypes.c_int64
-        for name in ("cache_take", "cache_victims", "cache_release"):
+        found.queue_open.restype = ctypes.c_uint64
+        for name in ("queue_close", "cache_take", "cache_victims", "cache_release"):
             getattr(found, name).restype = None
     return found
 
@@ -89,10 +89,28 @@ def first_damaged(pages: Bytes, numbers: Ints, epoch: int) -> int | None:
     return int(np.argmax(bad)) if bad.any() else None
 
 
+def open_queue() -> int:
+    """A queue that keeps many requests of one thread in flight, or 0 where there is none."""
+    compiled = library()
+    return int(compiled.queue_open()) if compiled is not None else 0
+
+
+def close_queue(queue: int) -> None:
+    """Let go of :func:`open_queue`'s queue."""
+    compiled = library()
+    if compiled is not None:
+        compiled.queue_close(ctypes.c_uint64(queue))
+
+
 def move_pages(
-    fd: int, offsets: Ints, numbers: Ints, pages: Bytes, epoch: int, *, write: bool, threads: int
+    fd: int, offsets: Ints, numbers: Ints, pages: Bytes, epoch: int, *, write: bool, queue: int
 ) -> None:
     """Read and verify, or stamp and write, pages (n, page bytes) of an open file.
+
+    Args:
+        offsets, numbers: place in the file and number of each page.
+        epoch: given to pages that are written; the newest that pages read may have.
+        queue: from :func:`open_queue`; 0 moves one page at a time.
 
     Raises:
         DamagedPage: a page read is not whole.
@@ -112,7 +130,7 @@ def move_pages(
         _pointer(pages),
         _pointer(keys(pages.shape[1])),
         ctypes.c_uint64(epoch),
-        threads,
+        ctypes.c_uint64(queue),
     )
     if fault < 0:
         raise OSError(-fault, os.strerror(-fault))

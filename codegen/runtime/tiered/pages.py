@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from codegen.runtime.tiered import native
-from codegen.runtime.tiered.native import HEADER, READ_THREADS, Bytes, Ints
+from codegen.runtime.tiered.native import HEADER, Bytes, Ints
 from ir.errors import InputError
 
 Floats = npt.NDArray[np.float32]
@@ -215,6 +215,7 @@ class BlockPages(PageFile):
         except OSError:  # a file system without direct I/O, such as tmpfs before Linux 6.6
             self.direct = False
             self._fd = os.open(path, os.O_RDWR)
+        self._queue = native.open_queue() if self.direct else 0  # only direct I/O is asynchronous
         self._scratch = native.aligned(0)
 
     def verify(self) -> None:
@@ -232,7 +233,7 @@ class BlockPages(PageFile):
     def _load(self, pages: Ints, into: Bytes) -> None:
         offsets = (2 * pages + self.places[pages]) * self.page_bytes
         # what this epoch wrote carries the next epoch's number
-        native.move_pages(self._fd, offsets, pages, into, self.epoch + 1, write=False, threads=READ_THREADS)
+        native.move_pages(self._fd, offsets, pages, into, self.epoch + 1, write=False, queue=self._queue)
         self.traffic.pages_read += len(pages)
         self.traffic.bytes_read += into.nbytes
 
@@ -271,7 +272,7 @@ class BlockPages(PageFile):
         self._records(buffer)[which, inside] = records
         target = self._target(pages)
         offsets = (2 * pages + target) * self.page_bytes
-        native.move_pages(self._fd, offsets, pages, buffer, self.epoch + 1, write=True, threads=READ_THREADS)
+        native.move_pages(self._fd, offsets, pages, buffer, self.epoch + 1, write=True, queue=self._queue)
         self.places[pages] = target
         self.fresh[pages] = True
         self.traffic.pages_written += len(pages)
@@ -281,4 +282,5 @@ class BlockPages(PageFile):
         native.fdatasync(self._fd)
 
     def close(self) -> None:
+        native.close_queue(self._queue)
         os.close(self._fd)

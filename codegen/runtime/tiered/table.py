@@ -1,14 +1,15 @@
 """A table over memory tiers: hot rows held in memory, a cache of the others, and files that hold every row.
 
 Rows are numbered by popularity: the first ``ram`` rows stay in memory for good; the rest are fetched into slots
-of a row cache, ahead of use, by one worker thread that takes batches in order:
+of a row cache, ahead of use, by one worker thread that takes batches in order (a batch that was not prefetched
+is fetched by the caller itself, when no other is under way):
 
 1. the rows of the batch that are cached are pinned, so that they stay until the batch is done;
 2. for the others it takes the slots that come last in the policy's order, writes those that were changed
    back to their file, and reads the missing rows;
 3. the caller computes on the slots, marks them changed, and lets the batch go.
 
-A row is read only after it was written by the same thread, so every batch sees all earlier updates, and
+Fetches never overlap, and a row is read only after it was written, so every batch sees all earlier updates, and
 training gives the same result as with the whole table in memory, whatever the depth of the prefetch.
 
 ``flush`` writes all changed rows, makes them durable and commits (:mod:`codegen.runtime.tiered.commit`):
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,7 @@ from ir.workload import Optimizer
 
 Kind = Literal["ram", "mapped", "block"]
 Policy = Literal["lru", "lfu"]
+Result = TypeVar("Result")
 
 MAX_SLOTS = 2**31 - 1  # slots are numbered with 32 bits
 _TICKS = np.uint64(40)  # bits of a key that order slots of equal counts; 2**40 row uses last for years
@@ -121,8 +123,8 @@ class Counters:
     written_back: int = 0  # changed rows written because their slot was needed
     flushed: int = 0  # changed rows written by flush
     flushes: int = 0
-    fetch_seconds: float = 0.0  # the worker's time
-    wait_seconds: float = 0.0  # the caller's time until its batch was there
+    fetch_seconds: float = 0.0  # of all fetches, whoever ran them
+    wait_seconds: float = 0.0  # the caller's time until its batch was there, fetches of its own included
 
     @property
     def hit_rate(self) -> float:
@@ -176,6 +178,7 @@ class TieredTable:
         self._slots = Slots.empty(slots)
         self._tick = slots  # larger than every key so far
         self._queue: deque[Batch] = deque()
+        self._released: deque[Ints] = deque()
         self.counters = Counters()
         self._fault: Exception | None = None
         self._rank = self._read_order()
@@ -245,11 +248,15 @@ class TieredTable:
 
     def prefetch(self, ids: Ints) -> Batch:
         """Start to fetch the rows of a batch; batches are used in the order in which they are prefetched."""
+        batch = self._batch(ids)
+        batch.ready = self._worker.submit(self._guarded, self._fetch, batch)
+        self._queue.append(batch)
+        return batch
+
+    def _batch(self, ids: Ints) -> Batch:
         batch = Batch(np.ascontiguousarray(ids, np.int64).reshape(-1))
         if len(batch.ids) and (batch.ids.min() < 0 or batch.ids.max() >= self.shape.rows):
             raise InputError(f"an id lies outside 0..{self.shape.rows - 1}; check the rows of the table")
-        batch.ready = self._worker.submit(self._guarded, self._fetch, batch)
-        self._queue.append(batch)
         return batch
 
     def take(self, ids: Ints) -> Batch:
@@ -258,17 +265,19 @@ class TieredTable:
         Raises:
             InputError: another batch was prefetched first, or the cache is too small.
         """
-        if not self._queue:
-            self.prefetch(ids)
-        batch = self._queue[0]
-        if batch.ids is not ids and not np.array_equal(batch.ids, np.reshape(ids, -1)):
-            raise InputError(
-                "batches must be used in the order in which they were prefetched, and this is not the next one"
-            )
         started = time.perf_counter()
-        assert batch.ready is not None
-        self._queue.popleft()
-        batch.ready.result()
+        if not self._queue:
+            batch = self._batch(ids)
+            self._guarded(self._fetch, batch)
+        else:
+            batch = self._queue[0]
+            if batch.ids is not ids and not np.array_equal(batch.ids, np.reshape(ids, -1)):
+                raise InputError(
+                    "batches must be used in the order in which they were prefetched, and this is not the next one"
+                )
+            self._queue.popleft()
+            assert batch.ready is not None
+            batch.ready.result()
         self.counters.wait_seconds += time.perf_counter() - started
         return batch
 
@@ -279,23 +288,23 @@ class TieredTable:
         batch.released = True
         if changed:
             self._dirty[batch.slots] = True
-        # by the worker, which alone touches the order of eviction
-        self._worker.submit(self._slots.release, batch.slots)
+        self._released.append(batch.slots)  # for the next fetch, which alone touches the order of eviction
 
-    def _guarded(self, work: Callable[[Any], None], argument: Any) -> None:
+    def _guarded(self, work: Callable[[Any], Result], argument: Any) -> Result:
         """After a failed read or write, what is in memory cannot be trusted any more."""
         if self._fault is not None:
             raise InputError(
                 f"the table {self.folder} failed before ({self._fault}); close it and open it again"
             )
         try:
-            work(argument)
+            return work(argument)
         except (OSError, DamagedPage) as error:
             self._fault = error
             raise
 
     def _fetch(self, batch: Batch) -> None:
         started = time.perf_counter()
+        self._let_go()
         # in the order of ids: the sums of a backward pass are then added as for a whole table
         ids, batch.inverse = np.unique(batch.ids, return_inverse=True)
         rows = self._numbers(ids)
@@ -317,6 +326,10 @@ class TieredTable:
         counters.distinct += len(rows)
         counters.fetched += len(wanted)
         counters.fetch_seconds += time.perf_counter() - started
+
+    def _let_go(self) -> None:
+        while self._released:
+            self._slots.release(self._released.popleft())
 
     def _replace(self, wanted: Ints) -> Ints:
         """Slots for rows that are not cached, filled with them; the rows that had them go back to the files."""
@@ -415,8 +428,14 @@ class TieredTable:
         Raises:
             OSError: the device refused; the table stays as it was at the flush before.
         """
-        self._worker.submit(self._guarded, self._flush, tag).result()
+        self._in_turn(self._flush, tag)
         return self.epoch
+
+    def _in_turn(self, work: Callable[[Any], Result], argument: Any) -> Result:
+        """Run after the batches that are being fetched: here if there are none, else by the worker."""
+        if self._queue:
+            return self._worker.submit(self._guarded, work, argument).result()
+        return self._guarded(work, argument)
 
     def _flush(self, tag: int | None) -> None:
         slots = np.flatnonzero(self._dirty)
@@ -440,7 +459,7 @@ class TieredTable:
 
     def read_all(self, ids: Ints) -> Floats:
         """(n, dim + state) current weights and state of any rows, past the cache and its counters."""
-        return self._worker.submit(self._read_all, np.asarray(ids, np.int64)).result()
+        return self._in_turn(self._read_all, np.asarray(ids, np.int64))
 
     def _read_all(self, ids: Ints) -> Floats:
         rows = self._numbers(ids)
