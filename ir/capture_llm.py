@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ir.capture import capture
-from ir.capture_inputs import DEFAULT_BATCH, bind, constants, own_inputs
+from ir.capture_inputs import DEFAULT_BATCH, bind, constants, own_inputs, to_meta
 from ir.capture_trace import first_sentence, trace
 from ir.decoder import DecoderShape, LlmWorkload
 from ir.errors import InputError, TraceError
@@ -88,8 +88,8 @@ def capture_decoder(model: nn.Module, name: str | None = None, *, example_inputs
     inputs = example_inputs if example_inputs is not None else own_inputs(model, 1)
     if inputs is None:
         inputs = (torch.empty((1, LlmWorkload().sequence), dtype=torch.int64, device="meta"),)
-    reduced = _with_one_layer(model, path)
-    graph, given = _graph(reduced, bind(model, inputs))
+    reduced = _on_meta(_with_one_layer(model, path))
+    graph, given = _graph(reduced, {name: to_meta(value) for name, value in bind(model, inputs).items()})
     one = capture(graph, batch=_samples(given), example_inputs=given)
     member = {node.name for node in graph.graph.nodes if f"{_path(node)}.".startswith(f"{path}.0.")}
     parts = _Parts.split([_dense(op, one) for op in one.ops], member)
@@ -135,6 +135,17 @@ def _with_one_layer(model: nn.Module, path: str) -> nn.Module:
         here = child
     here._modules[last] = nn.ModuleList([getattr(here, last)[0]])
     return root
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are on the meta device; none of them is copied on the way."""
+    held = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _meta_like(tensor) for tensor in held})
+
+
+def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
+    made: torch.Tensor = to_meta(tensor)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _graph(model: nn.Module, given: dict[str, Any]) -> tuple[torch.fx.GraphModule, dict[str, Any]]:

@@ -97,8 +97,8 @@ def _arithmetic(plan: Plan, made: Parallelism, fed: LlmWorkload) -> Iterator[str
 def check_parallel_memory(plan: Plan) -> Iterator[str]:
     """What each rank must hold at least; the plan's figure may not be below."""
     made = plan.decisions.parallelism
-    if made is None:
-        return
+    if made is None or any(_stages(made)) or any(_schedule(made)):
+        return  # what cannot be replayed is reported above
     layout = made.layout
     needed = [_stage_bytes(plan, made, stage) for stage in range(layout.pipeline)]
     for entry in plan.memory:

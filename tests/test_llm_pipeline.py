@@ -111,9 +111,7 @@ def test_uneven_chunks_are_bounded(made: Layout, one: ChunkSeconds, data: st.Dat
     scaled = ChunkSeconds(light * one.forward, light * one.backward, light * one.weight)
     seconds[0, 0] = scaled
     seconds[made.pipeline - 1, made.virtual_stages - 1] = scaled
-    slowest = max(
-        sum(seconds[r, v].total for v in range(made.virtual_stages)) for r in range(made.pipeline)
-    )
+    slowest = max(sum(seconds[r, v].total for v in range(made.virtual_stages)) for r in range(made.pipeline))
     simulated = simulate(made, seconds, 0.0)
     total = pipeline_seconds(pipe_of(made), slowest, one, 0.0).total
     assert simulated <= total * (1 + 1e-9)
@@ -143,7 +141,9 @@ def test_interleaved_order_is_torchs(ranks: int, chunks: int, count: int) -> Non
     names = {"FORWARD": "F", "FULL_BACKWARD": "B"}
     for rank in range(ranks):
         actions = [a for a in theirs._calculate_single_rank_operations(rank) if a is not None]
-        order = [(names[a.computation_type.name], a.stage_index // ranks, a.microbatch_index) for a in actions]
+        order = [
+            (names[a.computation_type.name], a.stage_index // ranks, a.microbatch_index) for a in actions
+        ]
         assert order == rank_order(made, rank)
 
 
