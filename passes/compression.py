@@ -12,76 +12,30 @@ included; ratios are trusted ``ratio_margin`` less than predicted.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from cost_models.calibration import Calibration, default_calibration
-from cost_models.codecs import (
-    at_bound,
-    bound_of,
-    default_speeds,
-    predicted_error,
-    predicted_ratio,
-    speed_of,
-)
+from cost_models.codecs import default_speeds, speed_of
 from cost_models.collectives import network
-from cost_models.formats import qsnr_normal
-from cost_models.placed import rank_seconds
 from ir.compression import (
-    CODECS,
-    PHASE_OF,
-    CodecName,
     CodecSpeed,
     Compression,
     CompressionRequest,
     Direction,
-    EmbeddingSample,
     ExchangeCompression,
     TableClass,
     TableCompression,
     torchrec_refuses,
-    torchrec_row_bytes,
 )
-from ir.dtypes import nbytes
 from ir.errors import InputError, did_you_mean
 from ir.plan import TablePlan
 from ir.program import Program
 from ir.sharding import ROW_SPLIT
-
-# share of distinct vectors lost at the widest bound, and what is left of the bound: this project's choice
-_CLASSES: tuple[tuple[float, TableClass, float], ...] = (
-    (0.01, "wide", 1.0),
-    (0.10, "middle", 0.5),
-    (1.00, "narrow", 0.25),
-)
-
-Seconds = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class _Traffic:
-    """One table in one direction.
-
-    Attributes:
-        link: uncompressed seconds on each rank.
-        raw: bytes of float32 that a holder sends to other ranks (forward).
-        rows: vectors of a message.
-        messages: that a holder sends.
-        budget: relative squared error left for the codec.
-    """
-
-    plan: TablePlan
-    sample: EmbeddingSample | None
-    link: Seconds
-    raw: float
-    rows: float
-    messages: int
-    budget: float
+from passes.compression_choices import NONE, Choice, Traffic, choices_of, one_codec, traffic_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +46,32 @@ class CompressionBounds:
     calibration: Calibration | None = None
 
     def run(self, program: Program) -> Program:
-        """Decide codecs and bounds; raises InputError for samples of unknown tables or of another width."""
+        """Decide codecs and bounds; raises InputError for samples of another model, or
+        an exchange that is narrowed already."""
         request = program.options.constraints.compression
         if request is None:
             return program
         assert program.tables is not None, "sharding runs before compression"
+        if program.workload.exchange_dtype != "fp32":
+            raise InputError(
+                f"the workload exchanges {program.workload.exchange_dtype} already; set exchange_dtype to fp32 and let "
+                "compression choose among the codecs, fp16 and bf16 included"
+            )
         _check_samples(request, program.tables)
         calibration = self.calibration or default_calibration(program.topology)
         speeds = request.speeds or default_speeds(program.topology, calibration)
         directions: tuple[Direction, ...] = (
             ("forward", "backward") if program.options.mode == "train" else ("forward",)
         )
-        split = next((t for t in program.tables if t.sharding_type in ROW_SPLIT), None)
+        refused = _refused(program) if request.engine == "exchange" else ""
         tables: list[TableCompression] = []
         exchanges: list[ExchangeCompression] = []
         for direction in directions:
-            traffic = _traffic(program, request, direction, calibration)
+            traffic = traffic_of(program, request, direction, calibration)
             if request.engine == "torchrec":
                 decided, exchange = _uniform(program, request, speeds, direction, traffic)
-            elif split is not None:
-                why = f"table {split.name!r} is {split.sharding_type}, which the compressed exchange does not run"
-                decided, exchange = _uncompressed(direction, traffic, why)
+            elif refused:
+                decided, exchange = _uncompressed(direction, traffic, refused)
             else:
                 decided, exchange = _by_table(program, request, speeds, direction, traffic, calibration)
             tables += decided
@@ -137,119 +96,17 @@ def _check_samples(request: CompressionRequest, tables: Sequence[TablePlan]) -> 
             )
 
 
-def _traffic(
-    program: Program, request: CompressionRequest, direction: Direction, calibration: Calibration
-) -> list[_Traffic]:
-    """Every table that is exchanged at all."""
-    topology, workload = program.topology, program.workload
-    assert program.tables is not None
-    samples = {s.table: s for s in request.samples if s.direction == direction}
-    rows = workload.global_batch / topology.world_size
-    found = []
-    for plan in program.tables:
-        if plan.sharding_type == "data_parallel" or topology.world_size == 1:
-            continue
-        link = rank_seconds((plan,), topology, workload, calibration, program.options.mode)[
-            PHASE_OF[direction]
-        ]
-        peers = topology.world_size - 1
-        found.append(
-            _Traffic(
-                plan=plan,
-                sample=samples.get(plan.name),
-                link=link,
-                raw=4.0 * rows * peers * plan.dim * len(plan.features),
-                rows=rows,
-                messages=peers * len(plan.features),
-                budget=_budget(program, request, plan.name, direction),
+def _refused(program: Program) -> str:
+    """Why the compressed exchange does not run this program's tables; empty if it does."""
+    weighted = {table.name for table in program.model.tables if table.weighted}
+    for plan in program.tables or ():
+        if plan.sharding_type in ROW_SPLIT:
+            return f"table {plan.name!r} is {plan.sharding_type}, which the compressed exchange does not run"
+        if plan.pooling not in ("sum", "mean") or plan.name in weighted:
+            return (
+                f"table {plan.name!r} is not a plain sum or mean of rows, which the compressed exchange needs"
             )
-        )
-    return found
-
-
-def _budget(program: Program, request: CompressionRequest, table: str, direction: Direction) -> float:
-    """What the number formats have left of the error budget."""
-    if direction == "backward":
-        return request.gradient_budget
-    spent = 0.0
-    for pattern, error in request.format_error.items():
-        if fnmatch.fnmatchcase(table, pattern):
-            spent = error
-    formats = program.decisions.formats
-    format = formats.format_of(table) if formats is not None else None
-    quality = qsnr_normal(format) if format is not None else None
-    if quality is not None:
-        spent += 10 ** (-quality / 10)
-    return max(0.0, request.error_budget - spent)
-
-
-def _class_of(sample: EmbeddingSample, budget: float) -> tuple[TableClass, float]:
-    """The class of a table and its relative bound; the error sampled at it stays within the budget."""
-    widest = bound_of(budget)
-    if widest <= 0:
-        return "narrow", 0.0
-    lost = at_bound(sample, widest).homogenisation
-    name, part = next((name, part) for most, name, part in _CLASSES if lost <= most)
-    bound = widest * part
-    while (error := predicted_error(sample, "eb_lz", bound)) > budget:
-        bound *= min(0.999, (budget / error) ** 0.5)  # errors of point masses are not uniform in their bins
-    return name, bound
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A codec for one table, priced; seconds are of one holder."""
-
-    codec: CodecName
-    bound: float
-    ratio: float
-    error: float
-    factor: float  # of the link seconds
-    encode: float
-    decode: float  # of all that the holder's table brings to one receiver
-
-    def seconds(self, link: float) -> float:
-        """Of the table's own exchange."""
-        return link * self.factor + self.encode + self.decode
-
-
-_NONE = _Choice("none", 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
-
-
-def _choices(
-    program: Program, request: CompressionRequest, speeds: Sequence[CodecSpeed], traffic: _Traffic
-) -> tuple[TableClass, list[_Choice]]:
-    """Codecs within the budget, priced; uncompressed first."""
-    sample = traffic.sample
-    if sample is None:
-        return "narrow", [_NONE]
-    table_class, bound = _class_of(sample, traffic.budget)
-    wire = nbytes(program.workload.exchange_dtype)
-    found = [_NONE]
-    for codec in request.codecs:
-        speed = speed_of(speeds, codec)
-        used = bound if CODECS[codec].bounded else 0.0
-        if codec == "none" or speed is None or (CODECS[codec].bounded and used <= 0):
-            continue
-        error = predicted_error(sample, codec, used)
-        if error > traffic.budget * (1 + 1e-9):
-            continue
-        ratio = predicted_ratio(sample, codec, used, traffic.rows)
-        trusted = ratio if CODECS[codec].format else max(1.0, ratio * (1 - request.ratio_margin))
-        holders = len({shard.col for shard in traffic.plan.shards})
-        found.append(
-            _Choice(
-                codec,
-                used,
-                ratio,
-                error,
-                4.0 / wire / trusted,
-                encode=traffic.raw / holders / speed.encode + traffic.messages * speed.message / 2,
-                decode=traffic.raw / (program.topology.world_size - 1) / speed.decode
-                + len(traffic.plan.features) * speed.message / 2,
-            )
-        )
-    return table_class, found
+    return ""
 
 
 def _by_table(
@@ -257,25 +114,20 @@ def _by_table(
     request: CompressionRequest,
     speeds: Sequence[CodecSpeed],
     direction: Direction,
-    traffic: Sequence[_Traffic],
+    traffic: Sequence[Traffic],
     calibration: Calibration,
 ) -> tuple[list[TableCompression], ExchangeCompression]:
     """Each table its own codec; the exchange as it is if its slowest rank would not gain."""
-    picked: list[tuple[_Traffic, TableClass, _Choice]] = []
+    picked: list[tuple[Traffic, TableClass, Choice]] = []
     for one in traffic:
-        table_class, choices = _choices(program, request, speeds, one)
+        table_class, choices = choices_of(program, request, speeds, one)
         best = min(choices, key=lambda choice: choice.seconds(float(one.link.max(initial=0.0))))
         picked.append((one, table_class, best))
     world = program.topology.world_size
     link, coding = np.zeros(world), np.zeros(world)
     for one, _, choice in picked:
-        holds = one.link > 0
         link += one.link * choice.factor
-        # forward the holder encodes and all others decode; backward the other way around
-        at_holder, elsewhere = choice.encode, choice.decode
-        if direction == "backward":
-            at_holder, elsewhere = _returned(choice, one, speeds)
-        coding += np.where(holds, at_holder, elsewhere)
+        coding += np.where(one.link > 0, choice.holder, choice.other)
     before = _slowest(traffic, world)
     latency = network(program.topology, calibration).latency  # of the sizes that travel first
     after = link + coding + latency
@@ -294,21 +146,7 @@ def _by_table(
     return [_record(direction, *entry) for entry in picked], exchange
 
 
-def _returned(choice: _Choice, traffic: _Traffic, speeds: Sequence[CodecSpeed]) -> tuple[float, float]:
-    """Seconds of gradients: decoding those of every rank at the holder, encoding one message elsewhere."""
-    speed = speed_of(speeds, choice.codec)
-    if speed is None or choice.codec == "none":
-        return 0.0, 0.0
-    holders = len({shard.col for shard in traffic.plan.shards})
-    features = len(traffic.plan.features)
-    peers = traffic.messages / features
-    return (
-        traffic.raw / holders / speed.decode + traffic.messages * speed.message / 2,
-        traffic.raw / peers / speed.encode + features * speed.message / 2,
-    )
-
-
-def _slowest(traffic: Sequence[_Traffic], world: int) -> float:
+def _slowest(traffic: Sequence[Traffic], world: int) -> float:
     total = np.zeros(world)
     for one in traffic:
         total += one.link
@@ -316,10 +154,10 @@ def _slowest(traffic: Sequence[_Traffic], world: int) -> float:
 
 
 def _record(
-    direction: Direction, traffic: _Traffic, table_class: TableClass, choice: _Choice, why: str = ""
+    direction: Direction, traffic: Traffic, table_class: TableClass, choice: Choice, why: str = ""
 ) -> TableCompression:
     link = float(traffic.link.max(initial=0.0))
-    coding = choice.encode + choice.decode
+    coding = choice.holder + choice.other
     if not why:
         why = _verdict(traffic, choice, link)
     return TableCompression(
@@ -338,7 +176,7 @@ def _record(
     )
 
 
-def _verdict(traffic: _Traffic, choice: _Choice, link: float) -> str:
+def _verdict(traffic: Traffic, choice: Choice, link: float) -> str:
     if choice.codec == "none":
         if traffic.sample is None:
             return "no sample of its vectors"
@@ -348,10 +186,10 @@ def _verdict(traffic: _Traffic, choice: _Choice, link: float) -> str:
 
 
 def _uncompressed(
-    direction: Direction, traffic: Sequence[_Traffic], why: str
+    direction: Direction, traffic: Sequence[Traffic], why: str
 ) -> tuple[list[TableCompression], ExchangeCompression]:
     total = _slowest(traffic, len(traffic[0].link) if traffic else 0)
-    tables = [_record(direction, one, "narrow", _NONE, why) for one in traffic]
+    tables = [_record(direction, one, "narrow", NONE, why) for one in traffic]
     return tables, ExchangeCompression(direction, total, total, 0.0, used=False)
 
 
@@ -360,17 +198,17 @@ def _uniform(
     request: CompressionRequest,
     speeds: Sequence[CodecSpeed],
     direction: Direction,
-    traffic: Sequence[_Traffic],
+    traffic: Sequence[Traffic],
 ) -> tuple[list[TableCompression], ExchangeCompression]:
     """One fixed-rate codec for all tables, as TorchRec has one configuration a sharder."""
     before = _slowest(traffic, program.topology.world_size)
     split = any(one.plan.sharding_type in ROW_SPLIT for one in traffic)
-    best: tuple[float, list[_Choice]] | None = None
+    best: tuple[float, list[Choice]] | None = None
     for codec in request.codecs:
         speed = speed_of(speeds, codec)
         if codec == "none" or speed is None or torchrec_refuses(codec, program.topology.device.kind, split):
             continue
-        choices = _one_codec(program, codec, speed, traffic)
+        choices = one_codec(program, codec, speed, traffic)
         if choices is None:
             continue
         total = sum(
@@ -386,40 +224,13 @@ def _uniform(
     coding = 0.0
     for one, choice in zip(traffic, best[1], strict=True):
         link += one.link * choice.factor
-        coding += choice.encode + choice.decode
+        coding += choice.holder + choice.other
     after = float(link.max(initial=0.0)) + coding
     if after >= before:
         why = f"the slowest rank would need {after:.3g} s compressed and needs {before:.3g} s as it is"
         return _uncompressed(direction, traffic, why)
     records = [_record(direction, one, "wide", c) for one, c in zip(traffic, best[1], strict=True)]
     return records, ExchangeCompression(direction, before, float(link.max()), coding, used=True)
-
-
-def _one_codec(
-    program: Program, codec: CodecName, speed: CodecSpeed, traffic: Sequence[_Traffic]
-) -> list[_Choice] | None:
-    """The codec on every table, None where one cannot bear its error; its calls are one for all tables."""
-    wire, world = nbytes(program.workload.exchange_dtype), program.topology.world_size
-    found = []
-    for one in traffic:
-        error = predicted_error(one.sample, codec, 0.0) if one.sample else np.inf
-        if error > one.budget:
-            return None
-        ratio = 4.0 * one.plan.dim / torchrec_row_bytes(codec, one.plan.dim)
-        # vectors are coded where they are looked up and decoded where they are used: an equal share a rank
-        share = one.raw / (world - 1)
-        found.append(
-            _Choice(
-                codec,
-                0.0,
-                ratio,
-                float(error),
-                4.0 / wire / ratio,
-                share / speed.encode + speed.message / 2 / len(traffic),
-                share / speed.decode + speed.message / 2 / len(traffic),
-            )
-        )
-    return found
 
 
 def compressed_phases(phases: dict[str, float], section: Compression | None) -> dict[str, float]:

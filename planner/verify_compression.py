@@ -105,9 +105,7 @@ def _exchange_faults(plan: Plan, section: Compression, exchange: ExchangeCompres
         yield f"{exchange.phase} is said to be compressed but no table has a codec"
     if exchange.link + exchange.coding >= exchange.uncompressed:
         yield f"{exchange.phase} is compressed though it takes no less time than uncompressed"
-    if exchange.link + _SLACK < exchange.uncompressed / max((t.ratio for t in coded), default=1.0) and (
-        plan.workload.exchange_dtype == "fp32"
-    ):
+    if exchange.link * (1 + _SLACK) < exchange.uncompressed / max((t.ratio for t in coded), default=1.0):
         yield f"{exchange.phase} shrinks by more than the largest ratio of its tables"
     event = next((e for e in plan.timeline.events if e.name == exchange.phase), None)
     if event is not None and event.duration < (exchange.link + exchange.coding) * (1 - _SLACK):

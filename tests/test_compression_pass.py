@@ -28,6 +28,8 @@ from ir.compression import (
 from ir.constraints import Constraints, TableConstraint
 from ir.errors import InputError
 from ir.plan import Plan
+from ir.program import Model
+from ir.tables import capture_tables
 from ir.topology import Device, Level, Link, MemoryTier, Topology
 from ir.workload import FeatureStats, Workload
 from planner.verification import verify
@@ -68,8 +70,6 @@ def samples() -> tuple[EmbeddingSample, ...]:
 
 def compiled(bandwidth: float = 2e8, **asked: Any) -> Plan:
     tables = [{"name": name, "rows": 300, "dim": DIM} for name in ("a", "b")]
-    from ir.tables import capture_tables
-
     model, _ = capture_tables(tables, "two")
     request = CompressionRequest(**{"samples": samples(), "speeds": tuple(FAST.values()), **asked})
     constraints = Constraints(
@@ -176,8 +176,6 @@ def test_nothing_asked_nothing_decided() -> None:
     plan = compiled()
     assert plan.decisions.compression is not None
     without = replace(plan.constraints, compression=None)
-    from ir.tables import capture_tables
-
     model, _ = capture_tables([{"name": n, "rows": 300, "dim": DIM} for n in ("a", "b")], "two")
     bare = planner.compile(model, machine(2e8), plan.workload, constraints=without)
     assert bare.decisions.compression is None
@@ -262,8 +260,6 @@ def test_torchrec_gets_one_fixed_rate_codec() -> None:
 def test_row_splits_are_left_uncompressed_with_the_reason() -> None:
     plan = compiled(1e7)
     rule = {"*": TableConstraint(sharding_types=("row_wise",))}
-    from ir.tables import capture_tables
-
     model, _ = capture_tables([{"name": n, "rows": 300, "dim": DIM} for n in ("a", "b")], "two")
     split = planner.compile(
         model, machine(1e7), plan.workload, constraints=replace(plan.constraints, tables=rule)
@@ -329,10 +325,19 @@ def test_speeds_are_measured_and_predictions_never_exceed_the_raw_size() -> None
             assert message_bytes(sample, codec, 1e-6, 100) <= 32 + 100 * DIM * 4
 
 
+def _two() -> tuple[Model, Topology, Workload]:
+    model, _ = capture_tables([{"name": n, "rows": 300, "dim": DIM} for n in ("a", "b")], "two")
+    return model, machine(1e7), Workload(global_batch=ROWS * WORLD, exchange_dtype="bf16")
+
+
 def test_samples_must_fit_the_model() -> None:
     with pytest.raises(InputError, match="'c', which the model does not have"):
         compiled(samples=(replace(samples()[0], table="c"),))
     with pytest.raises(InputError, match="has 8 columns but the table has 16"):
         compiled(samples=(replace(samples()[0], dim=8),))
+    with pytest.raises(InputError, match="exchanges bf16 already"):
+        planner.compile(
+            *_two(), constraints=Constraints(compression=CompressionRequest(samples=samples())), name="two"
+        )
     with pytest.raises(InputError, match="no vectors"):
         sample_messages("a", "forward", [torch.empty(0, 4)])
