@@ -182,10 +182,22 @@ def configurations(decided: FormatPlan, module: nn.Module) -> tuple[Configured, 
         weight, activation = (parse_format(pair.get(kind, "fp32")) for kind in ("weight", "activation"))
         if weight.base in _WIDE and activation.base in _WIDE:
             continue
+        _check_widths(path, module.get_submodule(path), weight)
         found.append(Configured(path, _expression(path, weight, activation), weight.id, activation.id))
     if not found:
         raise InputError("the plan keeps every linear layer wide; there is nothing for torchao to quantise")
     return tuple(found)
+
+
+def _check_widths(path: str, linear: Any, weight: Format) -> None:
+    """MX and NVFP4 take whole blocks; FP8's torch._scaled_mm, multiples of 16 both ways. torchao skips others."""
+    inputs, outputs = linear.in_features, linear.out_features
+    multiple = weight.block or 16
+    if inputs % multiple or (not weight.block and outputs % multiple):
+        raise InputError(
+            f"layer {path!r} is {inputs} x {outputs}, and torchao computes {weight.id} in multiples of {multiple}; "
+            "pin it to bf16 (constraints.formats.rules)"
+        )
 
 
 def _expression(path: str, weight: Format, activation: Format) -> str:

@@ -75,6 +75,9 @@ def test_what_torchao_cannot_compute_is_refused_by_layer() -> None:
             script(planned([("fp32", "fp32"), pair]), model_of(2), "m", "0")
     with pytest.raises(InputError, match="away"):
         script(planned([("mxfp4_e2m1:away", "mxfp4_e2m1:away")]), model_of(1), "m", "0")
+    for format, shape in (("mxfp8_e4m3", (48, 64)), ("fp8_row", (64, 24)), ("nvfp4", (24, 64))):
+        with pytest.raises(InputError, match="in multiples of"):
+            script(planned([(format, format)]), nn.Sequential(nn.Linear(*shape)), "m", "0")
     with pytest.raises(InputError, match="nothing for torchao"):
         script(planned([("bf16", "bf16")]), model_of(1), "m", "0")
 
