@@ -56,6 +56,7 @@ class Setting:
     limit: int | None  # training samples of an epoch
     train_bits: Sequence[int]
     serve_bits: Sequence[int]
+    true_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,8 @@ def run_seed(task: Task, seed: int, results: Results, training: dict[int, dict[s
     wide = task.train(seed, batches, None)
     for protocol in ("trained", "served"):
         results.add(protocol, "fp32", seed, 32.0, task.score(wide))
-    sensitivity = from_losses(wide, soft_labels(wide, task.validation), loss, UNIFORM)
+    labelled = task.validation if task.setting.true_labels else soft_labels(wide, task.validation)
+    sensitivity = from_losses(wide, labelled, loss, UNIFORM)
     for format in UNIFORM:
         chosen = task.uniform(format)
         results.add("served", format, seed, task.bits(chosen), task.served(wide, chosen))
@@ -341,6 +343,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two seeds, one short epoch: within a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--true-labels", action="store_true", help="sensitivities from true labels, to see what that does"
+    )
     parser.add_argument("--plot", metavar="FILE.svg", help="also draw log-loss against bits")
     options = parser.parse_args()
     torch.set_num_threads(1)
