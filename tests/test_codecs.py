@@ -272,6 +272,7 @@ def test_unusable_input() -> None:
         (x, "eb_lz", math.nan, "needs a bound"),
         (x[0], "lz", 0.0, r"takes a \(rows, dim\) tensor"),
         (x.double(), "lz", 0.0, "float64"),
+        (x.to("meta"), "lz", 0.0, "run on the CPU"),
     ):
         with pytest.raises(InputError, match=message):
             encode(tensor, codec, bound)

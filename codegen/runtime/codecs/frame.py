@@ -109,6 +109,8 @@ def _matrix(x: Tensor) -> npt.NDArray[np.float32]:
             f"a codec takes a (rows, dim) tensor of float32, float16 or bfloat16, not {x.dtype} of shape "
             f"{tuple(x.shape)}; reshape or convert it"
         )
+    if x.device.type != "cpu":
+        raise InputError(f"codecs run on the CPU, the tensor is on {x.device}; copy it there")
     if x.numel() > MAX_ELEMENTS:
         raise InputError(f"a message holds at most {MAX_ELEMENTS} elements, not {x.numel()}; cut it")
     values: npt.NDArray[np.float32] = x.detach().float().contiguous().numpy()
