@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from codegen.compressed import sharders
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
 from codegen.torchrec_formats import set_formats
+from codegen.torchrec_tiers import check_tiers, tier_kernel, tier_notes, tier_parameters
 from ir.errors import InputError
 from ir.plan import Plan, Shard, TablePlan
 from ir.workload import Optimizer
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def to_torchrec(plan: Plan, module: nn.Module, *, device: str = "cpu") -> Any:
+def to_torchrec(plan: Plan, module: nn.Module, *, device: str = "cpu", storage: str | None = None) -> Any:
     """The plan as a ``torchrec.distributed.types.ShardingPlan`` for ``module``.
 
     Args:
@@ -35,17 +36,21 @@ def to_torchrec(plan: Plan, module: nn.Module, *, device: str = "cpu") -> Any:
         module: the unsharded module that will be wrapped; its collections may sit at other paths than
             those of the model that was planned.
         device: ``"cpu"`` or ``"cuda"``: where the shards will live.
+        storage: folder of the drive that holds tables in key-value stores.
 
     Raises:
         InputError: the plan does not fit the module, or TorchRec would run it wrongly or not at all.
     """
     check(plan, module, device=device)
-    for note in notes(plan):
+    check_tiers(plan, device=device)
+    for note in (*notes(plan), *tier_notes(plan)):
         log.info(note)
-    return sharding_plan(plan, collections_of(module), device)
+    return sharding_plan(plan, collections_of(module), device, storage)
 
 
-def sharding_plan(plan: Plan, collections: Iterable[Collection], device: str) -> Any:
+def sharding_plan(
+    plan: Plan, collections: Iterable[Collection], device: str, storage: str | None = None
+) -> Any:
     """The ``ShardingPlan`` of a plan that has been checked already."""
     from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
@@ -54,16 +59,17 @@ def sharding_plan(plan: Plan, collections: Iterable[Collection], device: str) ->
     for table in plan.table_plans:
         collection, config = locate(table, collections)
         of_module = modules.setdefault(collection.path, EmbeddingModuleShardingPlan())
-        of_module[config.name] = _parameter_sharding(table, plan.world_size, plan.topology.host_size, device)
+        of_module[config.name] = _parameter_sharding(table, plan, device, storage)
     return ShardingPlan(plan=modules)
 
 
-def _parameter_sharding(table: TablePlan, world_size: int, host_size: int, device: str) -> Any:
+def _parameter_sharding(table: TablePlan, plan: Plan, device: str, storage: str | None) -> Any:
     from torch.distributed._shard.metadata import ShardMetadata
     from torchrec.distributed.types import EnumerableShardingSpec, ParameterSharding
 
     if table.sharding_type == "data_parallel":
-        return ParameterSharding("data_parallel", "dense", list(range(world_size)), None)
+        return ParameterSharding("data_parallel", "dense", list(range(plan.world_size)), None)
+    host_size = plan.topology.host_size
     shards = [
         ShardMetadata(
             shard_offsets=[shard.row, shard.col],
@@ -74,9 +80,10 @@ def _parameter_sharding(table: TablePlan, world_size: int, host_size: int, devic
     ]
     return ParameterSharding(
         sharding_type=table.sharding_type,
-        compute_kernel=table.compute_kernel,
+        compute_kernel=table.compute_kernel if table.tiers is None else tier_kernel(table, plan).kernel,
         ranks=[shard.rank for shard in in_torchrec_order(table)],
         sharding_spec=EnumerableShardingSpec(shards),
+        **({} if table.tiers is None else tier_parameters(table, plan, storage=storage)),
     )
 
 
@@ -125,6 +132,7 @@ def sharded_model(
     dense_lr: float | None = None,
     eps: float = 1e-8,
     device: str = "cpu",
+    storage: str | None = None,
 ) -> ShardedModel:
     """``module`` sharded as the plan says and ready to train; its weights are kept.
 
@@ -141,6 +149,7 @@ def sharded_model(
         dense_lr: learning rate of the rest; default ``lr``.
         eps: of Adagrad and Adam; the default is FBGEMM's.
         device: ``"cpu"`` or ``"cuda"``.
+        storage: as :func:`to_torchrec`.
 
     Raises:
         InputError: as :func:`to_torchrec`; or the process group, ``LOCAL_WORLD_SIZE`` or the optimizer
@@ -160,11 +169,12 @@ def sharded_model(
     name: Optimizer = optimizer or plan.workload.optimizer
     check_environment(plan, dist.get_world_size(group), os.environ)
     check(plan, module, device=device, optimizer=name)
-    for note in notes(plan, name):
+    check_tiers(plan, device=device, optimizer=name)
+    for note in (*notes(plan, name), *tier_notes(plan)):
         log.info(note)
     collections = collections_of(module)
     set_formats(plan, module, collections, device)
-    decided = sharding_plan(plan, collections, device)
+    decided = sharding_plan(plan, collections, device, storage)
     fused, arguments = fused_optimizer(name, lr, eps)
     places = {table.name: locate(table, collections) for table in plan.table_plans}
     for table in plan.table_plans:
