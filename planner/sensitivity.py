@@ -83,7 +83,9 @@ def from_weights(
             found[name] = {format.id: LossChange(_normal_error(format)) for format in parsed}
             continue
         rows = _sample(weight, counts.get(name), name, elements, random)
-        found[name] = {format.id: _relative_error(weight, rows, format, name) for format in parsed}
+        # rows drawn with replacement are a sample however many they are
+        population = None if name in counts else len(weight)
+        found[name] = {f.id: _relative_error(weight, rows, population, f, name) for f in parsed}
     return Sensitivity(found, "qsnr", "relative squared error", f"rows sampled with seed {seed}")
 
 
@@ -114,6 +116,8 @@ def _sample(weight: Tensor, counts: Any, name: str, elements: int, random: torch
 
     rows = weight.shape[0]
     wanted = min(rows, max(LEAST_ROWS, elements // max(1, weight[0].numel())))
+    if counts is None and rows > 100 * wanted:  # repeats are too few to matter, a permutation is too long
+        return torch.randint(rows, (wanted,), generator=random)
     if counts is None:
         return torch.arange(rows) if wanted == rows else torch.randperm(rows, generator=random)[:wanted]
     weights = torch.as_tensor(counts, dtype=torch.float64)
@@ -122,10 +126,15 @@ def _sample(weight: Tensor, counts: Any, name: str, elements: int, random: torch
             f"popularity of table {name!r} must be {rows} counts >= 0 and not all zero, one for each row"
         )
     wanted = max(wanted, min(4 * rows, elements // max(1, weight[0].numel())))  # repeats count
-    return torch.multinomial(weights, wanted, replacement=True, generator=random)
+    # torch.multinomial takes at most 2^24 rows
+    edges = weights.cumsum(0)
+    draws = torch.rand(wanted, generator=random, dtype=torch.float64) * edges[-1]
+    return torch.searchsorted(edges, draws, right=True).clamp_(max=rows - 1)
 
 
-def _relative_error(weight: Tensor, rows: Tensor, format: Format, name: str) -> LossChange:
+def _relative_error(
+    weight: Tensor, rows: Tensor, population: int | None, format: Format, name: str
+) -> LossChange:
     """sum of noise / sum of signal over the sampled rows, with the standard error of that ratio."""
     import torch
 
@@ -147,10 +156,10 @@ def _relative_error(weight: Tensor, rows: Tensor, format: Format, name: str) -> 
         return LossChange(0.0)
     ratio = float(noise.sum()) / total
     m = len(rows)
-    if m == weight.shape[0] or m < 2:
+    left_out = 1.0 if population is None else 1 - m / population  # finite population correction
+    if left_out == 0 or m < 2:
         return LossChange(ratio)
     residual = noise - ratio * signal
-    left_out = 1 - m / weight.shape[0] if m < weight.shape[0] else 1.0  # finite population correction
     error = math.sqrt(left_out * m / (m - 1) * float(residual.square().sum())) / total
     return LossChange(ratio, error)
 

@@ -137,6 +137,10 @@ def test_rows_count_as_often_as_they_are_read(trained: nn.Module, batches: list[
         for counts in (hot, cold)
     ]
     assert errors[0] == 0
+    # as many draws as rows, with replacement: still a sample
+    drawn = from_weights(model, ["mx4"], popularity={"ebc.bags.user": cold}, elements=300 * 16 // 4)
+    assert drawn.tensors["ebc.bags.user"]["mx4"].stderr > 0
+    assert drawn.tensors["ebc.bags.item"]["mx4"].stderr > 0
     values = weight.detach()[150:].double()
     truth = (
         fake_quantize(weight.detach()[150:], "mx4").double() - values
