@@ -1,0 +1,142 @@
+"""Checkpoints that any plan of the same model can load, whatever its world size and sharding.
+
+Weights and optimizer state are written with ``torch.distributed.checkpoint`` under the names they have before
+sharding, each rank its own blocks; loading reads the blocks that a rank needs. State of fused kernels and of
+ordinary optimizers is the same thing under the same name, so a table may change from data-parallel to
+row-wise in between.
+
+A checkpoint is a folder ``step-<n>``; the file ``latest`` names the last one that was written whole, so a
+process that is killed while it saves loses that checkpoint and no other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ir.errors import InputError
+from ir.plan import Plan, write_atomically
+from ir.reading import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from codegen.torchrec import ShardedModel
+
+LATEST = "latest"
+# FBGEMM's names of a fused optimizer's state -> torch's names of the same, by how many there are
+_FUSED = {1: {"momentum1": "sum"}, 2: {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"}}
+
+
+def save_checkpoint(plan: Plan, sharded: ShardedModel, folder: str | Path, step: int) -> Path:
+    """Write weights and optimizer state after ``step`` steps; called by all ranks together.
+
+    Args:
+        plan: the plan ``sharded`` was made with.
+        sharded: the model and its optimizers.
+        folder: holds the checkpoints of one training; made when missing.
+        step: names the checkpoint.
+
+    Returns:
+        The folder of this checkpoint.
+
+    Raises:
+        InputError: the folder cannot be written, or the plan splits the columns of tables whose optimizer
+            keeps one state a row, so that there is no state of the whole table.
+    """
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    target = Path(folder) / f"step-{step:09d}"
+    state = _state(plan, sharded)
+    if dist.get_rank() == 0:
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {target}: {error.strerror}; choose another folder") from None
+    dist.barrier()
+    save(state, checkpoint_id=target)
+    if dist.get_rank() == 0:
+        # the plan's own digest is for people: any plan of the model may load it
+        about = {"step": step, "folder": target.name, "model": plan.model.digest, "plan": plan.digest}
+        write_atomically(Path(folder) / LATEST, json.dumps(about) + "\n")
+    dist.barrier()
+    return target
+
+
+def load_checkpoint(plan: Plan, sharded: ShardedModel, folder: str | Path) -> int:
+    """Read the latest checkpoint into ``sharded``; called by all ranks together.
+
+    Returns:
+        The step it was written after.
+
+    Raises:
+        InputError: no checkpoint there, or one of another model.
+    """
+    import torch
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    about = read_json(Path(folder) / LATEST, "checkpoint")
+    if not isinstance(about, dict) or not {"step", "folder", "model"} <= about.keys():
+        raise InputError(f"{Path(folder) / LATEST} does not name a checkpoint; it was edited or damaged")
+    if about["model"] != plan.model.digest:
+        raise InputError(
+            f"the checkpoint in {folder} is of another model than the plan of {plan.model.name}; its tables or "
+            "layers differ"
+        )
+    source = Path(folder) / Path(str(about["folder"])).name
+    state = _state(plan, sharded)
+    with torch.no_grad():
+        try:
+            load(state, checkpoint_id=source)
+        except (OSError, CheckpointException) as error:
+            raise InputError(f"checkpoint {source} cannot be read: {error}") from None
+    return int(about["step"])
+
+
+def _state(plan: Plan, sharded: ShardedModel) -> dict[str, Any]:
+    """Every tensor of model and optimizers under its name before sharding; loading writes into them."""
+    split = [t.name for t in plan.table_plans if len({shard.col for shard in t.shards}) > 1]
+    if split and plan.workload.optimizer == "rowwise_adagrad":
+        raise InputError(
+            f"table {split[0]!r} is split by columns under row-wise Adagrad: each block keeps states of its own "
+            "and the table has none to save; compile without allow_state_split"
+        )
+    state: dict[str, Any] = dict(sharded.module.state_dict())
+    for path, slots in sharded.module.fused_optimizer.state_dict()["state"].items():
+        found = {slot.rpartition(".")[2]: value for slot, value in slots.items()}
+        found = {slot: value for slot, value in found.items() if slot.startswith("momentum")}
+        for slot, value in found.items():
+            state[f"optimizer/{path}/{_FUSED[len(found)][slot]}"] = value
+    of_parameter = {id(parameter): path for path, parameter in sharded.module.named_parameters()}
+    for optimizer in sharded.optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            for slot, value in _slots(optimizer, parameter):
+                state[f"optimizer/{of_parameter[id(parameter)]}/{slot}"] = value
+    return state
+
+
+def _slots(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """State tensors of one parameter; made, as before a first step, where the optimizer has none yet."""
+    import torch
+
+    from codegen.runtime.optimizers import BlockRowWiseAdagrad
+
+    kept = optimizer.state[parameter]
+    if isinstance(optimizer, BlockRowWiseAdagrad):
+        kept.setdefault("sum", [parameter.new_zeros(parameter.shape[0], 1)])
+        yield "sum", kept["sum"][0].view(-1)  # one state a row, as the fused kernel keeps it
+        return
+    if not kept and isinstance(optimizer, torch.optim.Adam):
+        kept["step"] = torch.tensor(0.0)
+        kept["exp_avg"] = torch.zeros_like(parameter)
+        kept["exp_avg_sq"] = torch.zeros_like(parameter)
+    for slot, value in kept.items():
+        # Adagrad counts steps for a decay of the learning rate that is not used; fused kernels do not count
+        if isinstance(value, torch.Tensor) and not (
+            slot == "step" and isinstance(optimizer, torch.optim.Adagrad)
+        ):
+            yield slot, value

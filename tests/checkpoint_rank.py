@@ -1,0 +1,70 @@
+"""What one rank of the checkpoint tests does: train some steps from a checkpoint or from the start, save."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from codegen.checkpoint import load_checkpoint, save_checkpoint
+from codegen.runtime.batches import Batch
+from codegen.runtime.gather import whole_weights
+from codegen.runtime.launch import Rank
+from codegen.torchrec import sharded_model
+from ir.plan import Plan
+from planner.zoo import build
+
+ROWS, DIM, TABLES, GLOBAL_BATCH = 101, 16, 6, 48
+
+
+def model() -> Any:
+    """The same small DLRM on every rank."""
+    torch.manual_seed(0)
+    tables = [{"name": f"t{n}", "rows": ROWS + n, "dim": DIM, "features": [f"f{n}"]} for n in range(TABLES)]
+    return build("dlrm", tables=tables, dense_features=3, bottom=(8, DIM), top=(8, 1), device="cpu").module
+
+
+def train(place: Rank, plan: dict[str, Any], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Load if asked, train up to a step, save if asked; die at a step if asked; return a digest of everything."""
+    decided = Plan.from_dict(plan)
+    torch.set_num_threads(1)
+    # smooth: SiLU and a large eps keep rounding from deciding steps, see examples/train_movielens.py
+    sharded = sharded_model(
+        decided,
+        smooth(model()),
+        lr=0.05,
+        dense_optimizer=settings["dense"],
+        eps=1e-3,
+    )
+    start = load_checkpoint(decided, sharded, folder) if settings["load"] else 0
+    for step in range(start, settings["until"]):
+        if place.rank == 1 and step == settings.get("die_at"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole = Batch(*_split(model().random_batch(GLOBAL_BATCH, decided.workload, 1000 + step)))
+        part = whole.part(place.rank, place.world_size)
+        sharded.zero_grad()
+        F.binary_cross_entropy_with_logits(sharded(*part.inputs), part.labels).backward()
+        sharded.step()
+        if settings["save_every"] and (step + 1) % settings["save_every"] == 0:
+            save_checkpoint(decided, sharded, folder, step + 1)
+    weights = whole_weights(sharded.module)
+    if place.rank == 0:
+        torch.save(weights, Path(folder) / settings["weights"])
+    return {"start": start}
+
+
+def smooth(module: Any) -> Any:
+    """ReLU replaced by SiLU."""
+    for layers in (module.bottom, module.top):
+        for index, layer in enumerate(layers):
+            if isinstance(layer, torch.nn.ReLU):
+                layers[index] = torch.nn.SiLU()
+    return module
+
+
+def _split(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], torch.Tensor]:
+    return values[:-1], values[-1]

@@ -1,0 +1,73 @@
+"""Checkpoints move between plans: bit-identical weights and state, and training goes on after a rank is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import planner
+from codegen.runtime.launch import LaunchError, launch
+from ir.constraints import Constraints, TableConstraint
+from ir.errors import PlannerError
+from tests.checkpoint_rank import GLOBAL_BATCH, TABLES, model
+
+RANK = f"{Path(__file__).with_name('checkpoint_rank.py')}:train"
+MIXED = ("table_wise", "row_wise", "column_wise", "data_parallel", "table_wise", "row_wise")
+OTHER = ("row_wise", "column_wise", "data_parallel", "table_wise", "column_wise", "table_wise")
+BY_ROW = ("table_wise", "row_wise", "data_parallel", "row_wise", "table_wise", "data_parallel")
+
+
+def plan(ranks: int, types: tuple[str, ...], optimizer: str) -> planner.Plan:
+    tables = {f"t{n}": TableConstraint(sharding_types=(kind,)) for n, kind in enumerate(types)}  # type: ignore[arg-type]
+    workload = planner.Workload(global_batch=GLOBAL_BATCH, optimizer=optimizer)  # type: ignore[arg-type]
+    return planner.compile(
+        model(), f"local-{ranks}", workload, constraints=Constraints(min_column_width=8, tables=tables)
+    )
+
+
+def run(made: planner.Plan, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """Train and return the whole weights."""
+    given = {"load": False, "save_every": 0, "weights": "weights.pt", "dense": "adagrad", **settings}
+    arguments = {"plan": made.to_dict(), "folder": str(folder), "settings": given}
+    launch(RANK, made.world_size, arguments, timeout=240)
+    weights: dict[str, torch.Tensor] = torch.load(folder / given["weights"], weights_only=True)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "before", "after"), [("adagrad", MIXED, OTHER), ("rowwise_adagrad", BY_ROW, BY_ROW[::-1])]
+)
+def test_moving_to_fewer_ranks_and_other_shardings_is_bit_identical(
+    optimizer: str, before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path
+) -> None:
+    undisturbed = run(plan(4, before, optimizer), tmp_path, until=5, save_every=3)
+    same = run(plan(4, before, optimizer), tmp_path, until=3, load=True, weights="same.pt")
+    moved = run(plan(2, after, optimizer), tmp_path, until=3, load=True, weights="moved.pt")
+    assert len(same) == len(moved) > TABLES
+    for name, value in same.items():
+        assert torch.equal(value, moved[name]), name
+        assert not torch.equal(value, undisturbed[name]), name
+    resumed = run(plan(2, after, optimizer), tmp_path, until=5, load=True, weights="resumed.pt")
+    for name, value in undisturbed.items():  # two more steps agree only if the optimizer's state moved too
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
+    undisturbed = run(plan(2, OTHER, "adagrad"), tmp_path, until=6, weights="undisturbed.pt")
+    with pytest.raises(LaunchError, match="rank 1"):
+        run(plan(4, MIXED, "adagrad"), tmp_path, until=6, save_every=2, die_at=5)
+    resumed = run(plan(2, OTHER, "adagrad"), tmp_path, until=6, load=True)
+    for name, value in undisturbed.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_bad_checkpoints_are_one_sentence(tmp_path: Path) -> None:
+    made = plan(2, MIXED, "adagrad")
+    with pytest.raises(PlannerError, match="does not exist"):
+        run(made, tmp_path, until=1, load=True)
+    (tmp_path / "latest").write_text('{"step": 1, "folder": "step-000000001", "model": "sha256:other"}')
+    with pytest.raises(PlannerError, match="of another model"):
+        run(made, tmp_path, until=1, load=True)
