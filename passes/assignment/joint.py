@@ -16,6 +16,7 @@ import numpy as np
 from ir.errors import InfeasibleError
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import average_row, compile_problem
+from passes.assignment.exact import improve
 from passes.assignment.master import MARGIN, Column, Duals, Limits, Master, whole_choice
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Option, Problem, Solution, evaluate, evaluate_extra
@@ -23,12 +24,14 @@ from passes.assignment.solve import solve
 from passes.assignment.target_search import Incumbent
 
 PRICING_ROUNDS = 40
-KEPT = 12  # columns of a class that the search may choose from
+KEPT = 12  # columns of a class that the search may choose from, with many tables
+KEPT_FEW, FEW_TABLES = 40, 64  # and with few
 WHOLE_CLASSES = 120  # classes up to which the whole-number program is solved; beyond, the point is rounded
 TIGHTER = (1.0, 0.98, 0.95, 0.9, 0.8)  # of all limits: room left for placing whole pieces
 LONGER = (1.0, 1.01, 1.03, 1.1, 1.3, 2.0)  # of the stretched step
 WORK_A_TABLE = 0.03  # seconds of polishing a table, at least LEAST_WORK and at most MOST_WORK
 LEAST_WORK, MOST_WORK = 0.5, 20.0
+EXACT = 1e-5  # gap above which small problems go on with CP-SAT
 BUSY = 0.9  # of the step: with no resource busier than that, a longer step gains nothing
 
 Pricer = Callable[[Duals], list[tuple[int, Option]]]
@@ -162,6 +165,8 @@ def solve_joint(
     stop_gap: float = 0.0,
 ) -> Joint:
     """Choose and place under every limit; raises InfeasibleError when no placement is found."""
+    if not frame.limits and not frame.budgets:
+        return _plain(frame, menus, relaxed, time_limit, seed, stop_gap)
     kept = _kept(menus, relaxed)
     best: Joint | None = None
     trials = 0
@@ -236,6 +241,20 @@ def _resharded(
     return replace(joint, problem=fixed, solution=solution, step=frame.base + solution.objective)
 
 
+def _plain(
+    frame: Frame, menus: Sequence[Menu], relaxed: Relaxation, time_limit: float, seed: int, stop_gap: float
+) -> Joint:
+    """Neither further limits nor budgets: the solver for sharding alone."""
+    options: list[tuple[Option, ...]] = [()] * len(frame.names)
+    for menu in menus:
+        row = tuple(menu.options)
+        for t in menu.tables:
+            options[t] = row
+    problem = Problem(frame.names, tuple(options), frame.hosts, frame.host_size, frame.capacity, frame.phases)
+    found = solve(problem, time_limit=time_limit, seed=seed, stop_gap=stop_gap)
+    return Joint(problem, found, frame.base + found.objective, relaxed)
+
+
 def _kept(menus: Sequence[Menu], relaxed: Relaxation) -> list[list[int]]:
     """Columns of each class worth choosing from, by reduced cost.
 
@@ -254,7 +273,9 @@ def _kept(menus: Sequence[Menu], relaxed: Relaxation) -> list[list[int]]:
             first.setdefault(menus[c].options[relaxed.index[k][1]].pieces[0].scope, k)
         lean = min(found, key=lambda item: (relaxed.columns[item[1]].memory, item))[1]
         wanted = [*(k for value, k in found if value < 0), *first.values(), lean, *(k for _, k in found)]
-        kept.append(sorted(list(dict.fromkeys(wanted))[: max(KEPT, len(first) + 1)]))
+        few = sum(len(menu.tables) for menu in menus) <= FEW_TABLES
+        most = max(KEPT_FEW if few else KEPT, len(first) + 1)
+        kept.append(sorted(list(dict.fromkeys(wanted))[:most]))
     return kept
 
 
@@ -297,9 +318,20 @@ def _attempt(
     work = Budget(min(time_limit, max(LEAST_WORK, min(MOST_WORK, WORK_A_TABLE * len(frame.names)))))
     bound = max(relaxed.bound - frame.base, 1e-12)
     best = Incumbent(choice=choice)
-    Polisher(compiled, bound, work, seed, relaxed.duals.cost).run(best, stop_gap)
+    duals = relaxed.duals
+    prices = (
+        duals.memory * compiled.mean_memory + compiled.mean_extra @ duals.extra + compiled.cost @ duals.cost
+    )
+    Polisher(compiled, bound, work, seed, prices).run(best, stop_gap)
     if not best.placement:
         return None
+    better = (
+        improve(compiled, best, time_limit, seed) if best.value > bound * (1 + max(stop_gap, EXACT)) else None
+    )
+    if better is not None:
+        found = _finish(problem, better, bound, work.work)
+        if found.objective < best.value:
+            best = replace(better, value=found.objective)
     solution = _finish(problem, best, bound, work.work)
     busy = [float(solution.extra[:, e].max()) for e, stretched in enumerate(frame.stretched) if stretched]
     return Joint(problem, solution, max([frame.base + solution.objective, *busy]), relaxed)

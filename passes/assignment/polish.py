@@ -99,11 +99,12 @@ class Polisher:
         bound: float,
         budget: Budget,
         seed: int,
-        rates: Floats | None = None,
+        prices: Floats | None = None,
     ) -> None:
         self.compiled, self.bound, self.budget = compiled, bound, budget
-        # seconds that a unit of each budget is worth; an option's share is priced beside the rise of Phi
-        self.rates = np.zeros(len(compiled.problem.budgets)) if rates is None else rates
+        # seconds (N,) that what an option takes of memory, further resources and budgets is worth; only joint
+        # problems have them, and there a table whose choice fits nowhere may take another
+        self.prices = prices
         self.left = np.asarray(compiled.problem.budgets) * (1 + 1e-12)  # of each budget
         self.problem = compiled.problem
         self.random = random.Random(seed + 1)
@@ -225,8 +226,8 @@ class Polisher:
         span = slice(int(self.compiled.start[t]), int(self.compiled.start[t + 1]))
         hopeful = self.compiled.usable[span] & (self.floor[span] < value)
         share = self.compiled.total_share[span]
-        if len(self.rates):
-            share = share + self.compiled.cost[span] @ self.rates
+        if self.prices is not None:
+            share = share + self.prices[span]
         order = np.argsort(share, kind="stable")
         return [int(j) for j in order if hopeful[j]][:OPTIONS]
 
@@ -244,11 +245,11 @@ class Polisher:
                 return
 
     def _repair(self, t: int, tau: float) -> bool:
-        """Another option for a table whose own fits nowhere; under further limits only.
+        """Another option for a table whose own fits nowhere, in joint problems.
 
-        Those choices come from averages over ranks, which do not see how whole pieces pack.
+        Their choices come from averages over ranks, which do not see how whole pieces pack.
         """
-        if self.state.extra is None and not self.compiled.problem.budgets:
+        if self.prices is None:
             return False
         span = slice(int(self.compiled.start[t]), int(self.compiled.start[t + 1]))
         return self._best(t, [int(j) for j in np.flatnonzero(self.compiled.usable[span])], tau)
@@ -269,7 +270,9 @@ class Polisher:
             self.state.add_everywhere(choice, -1.0)
             if places is None:
                 continue
-            rise = price.rise(choice, self._fixed[t][j], places) + float(self.rates @ cost)
+            rise = price.rise(choice, self._fixed[t][j], places)
+            if self.prices is not None:
+                rise += float(self.prices[int(self.compiled.start[t]) + j])
             if found is None or rise < found[0]:
                 found = rise, j, places
         if found is None:
