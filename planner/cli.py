@@ -17,6 +17,7 @@ from planner.calibrate_cli import calibrate
 from planner.decoders import decoder_pipeline, with_tokens
 from planner.doctor_cli import doctor, schema
 from planner.formats_cli import formats
+from planner.scale_cli import scale
 from planner.sensitivity_cli import sensitivity
 from planner.trace_cli import trace
 from planner.whatif_cli import whatif
@@ -453,6 +454,7 @@ def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
 
 cli.add_command(calibrate)
 cli.add_command(formats)
+cli.add_command(scale)
 cli.add_command(whatif)
 cli.add_command(trace)
 cli.add_command(sensitivity)

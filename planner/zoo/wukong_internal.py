@@ -9,6 +9,8 @@ fitted to the seven published GFLOP.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ir.workload import Workload
@@ -61,7 +63,7 @@ def build_wukong_internal(
         InputError: as :func:`planner.zoo.wukong.build_wukong`.
     """
     hidden = (width,) * mlp_layers
-    return build_wukong(
+    module, workload = build_wukong(
         tables=internal_tables(),
         bottom=(BOTTOM_HIDDEN, (vectors - FEATURES) * DIM),
         layers=layers,
@@ -75,3 +77,5 @@ def build_wukong_internal(
         embeddings=embeddings,
         device=device,
     )
+    # the paper exchanges fp16 forward and bf16 backward, and computes in mixed precision
+    return module, replace(workload, compute_dtype="bf16", exchange_dtype="fp16")
