@@ -12,8 +12,9 @@ each has been changed: its page is written, and read before that unless the row 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -41,6 +42,20 @@ class FileRange:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockTraffic:
+    """Expected pages of one block file in a batch.
+
+    Attributes:
+        fetched: read because of missing rows; as many are written back.
+        completed: read because some of their rows are written back, all at another time than the former.
+    """
+
+    page_bytes: int
+    fetched: float
+    completed: float
+
+
+@dataclass(frozen=True, slots=True)
 class BatchTraffic:
     """Expected counts of one batch in the steady state."""
 
@@ -48,10 +63,12 @@ class BatchTraffic:
     distinct: float
     fetched: float
     mapped: float  # rows fetched from mapped files, of ``fetched``
-    pages_read: float
-    pages_written: float
-    bytes_read: float  # of pages
-    bytes_written: float
+    blocks: tuple[BlockTraffic, ...]  # of each block file
+
+    @property
+    def pages_read(self) -> float:
+        """Pages read, those of the rows that are fetched and those that are written back."""
+        return sum(block.fetched + block.completed for block in self.blocks)
 
     @property
     def hit_rate(self) -> float:
@@ -128,7 +145,7 @@ def expected_traffic(
     fetched = np.zeros_like(shares)
     fetched[held:] = fetch_probabilities(shares[held:], ids, cache_rows, policy, in_flight)
     mapped = 0.0
-    pages, moved = [0.0, 0.0], [0.0, 0.0]  # read, written
+    blocks = []
     start = held
     for part in ranges[1 if held else 0 :]:
         of_part = fetched[start : start + part.rows]
@@ -137,25 +154,34 @@ def expected_traffic(
             mapped += float(of_part.sum())
             continue
         stay = np.log1p(-np.minimum(of_part, 1 - 1e-15))
-        touched = float(-np.expm1(np.add.reduceat(stay, np.arange(0, part.rows, part.per_page))).sum())
-        for way, times in enumerate((2 if part.per_page > 1 else 1, 1)):
-            pages[way] += times * touched
-            moved[way] += times * touched * part.page_bytes
+        pages = float(-np.expm1(np.add.reduceat(stay, np.arange(0, part.rows, part.per_page))).sum())
+        blocks.append(BlockTraffic(part.page_bytes, pages, pages if part.per_page > 1 else 0.0))
     inside = -np.expm1(ids * np.log1p(-np.minimum(shares, 1 - 1e-15)))
-    return BatchTraffic(ids, float(inside.sum()), float(fetched.sum()), mapped, *pages, *moved)
+    return BatchTraffic(ids, float(inside.sum()), float(fetched.sum()), mapped, tuple(blocks))
 
 
-class Measured(Protocol):
+class Point(Protocol):
+    """Seconds of pages that are asked for together (codegen.runtime.tiered.measure.DevicePoint)."""
+
+    @property
+    def write(self) -> bool: ...
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class Run(Protocol):
     """One calibration run (codegen.runtime.tiered.measure.Sample)."""
 
     @property
     def kind(self) -> str: ...
     @property
-    def trained(self) -> bool: ...
-    @property
     def dim(self) -> int: ...
     @property
-    def page_bytes(self) -> int: ...
+    def depth(self) -> int: ...
     @property
     def ids(self) -> float: ...
     @property
@@ -163,73 +189,114 @@ class Measured(Protocol):
     @property
     def fetched(self) -> float: ...
     @property
-    def pages_read(self) -> float: ...
-    @property
-    def pages_written(self) -> float: ...
-    @property
     def main(self) -> float: ...
     @property
     def fetch(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
-class RuntimeRates:
-    """Seconds of the runtime's work on one machine, fitted by :func:`fit` to its calibration runs."""
+class Curve:
+    """Seconds by number of pages, for one page size and direction; straight between measured points."""
 
+    page_bytes: int
+    pages: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, pages: float) -> float:
+        """Seconds of ``pages`` pages; beyond the last point at the rate of the last two."""
+        if pages <= 0:
+            return 0.0
+        if pages > self.pages[-1]:
+            rate = (self.seconds[-1] - self.seconds[-2]) / (self.pages[-1] - self.pages[-2])
+            return self.seconds[-1] + rate * (pages - self.pages[-1])
+        return float(np.interp(pages, (0.0, *self.pages), (0.0, *self.seconds)))
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeRates:
+    """What the runtime's work takes on one machine, seconds; from :func:`fit`.
+
+    Attributes:
+        reads, writes: of block files, by page size, ascending.
+        beside: how many times longer a fetch takes beside the step that it overlaps.
+        main_cold: what a step takes longer after its rows were waited for: the processor's caches hold others.
+    """
+
+    reads: tuple[Curve, ...]
+    writes: tuple[Curve, ...]
+    beside: float
     main_step: float
     main_id: float
     main_row: float
     main_element: float  # a column of a distinct row
+    main_cold: float
     fetch_step: float
     fetch_id: float
     fetch_row: float  # a row that is fetched
     fetch_element: float  # a column of it
-    mapped_row: float  # on top, for a row of a mapped file
-    read_batch: float  # of pages, however many
-    page_read: float
-    byte_read: float
-    write_batch: float
-    page_write: float
-    byte_write: float
 
     def main(self, traffic: BatchTraffic, dim: int) -> float:
         """Seconds of forward, backward and update of a batch in memory."""
         row = self.main_row + self.main_element * dim
-        return self.main_step + self.main_id * traffic.ids + row * traffic.distinct
+        cold = self.main_cold * min(1.0, traffic.pages_read)
+        return self.main_step + self.main_id * traffic.ids + row * traffic.distinct + cold
 
     def fetch(self, traffic: BatchTraffic, dim: int) -> float:
         """Seconds until the missing rows of a batch are in memory."""
-        rows = (
-            self.fetch_row + self.fetch_element * dim
-        ) * traffic.fetched + self.mapped_row * traffic.mapped
-        # a batch that moves less than a page on average moves none at times
-        reads = self.read_batch * min(1.0, traffic.pages_read) + self.page_read * traffic.pages_read
-        writes = self.write_batch * min(1.0, traffic.pages_written) + self.page_write * traffic.pages_written
-        reads += self.byte_read * traffic.bytes_read
-        writes += self.byte_write * traffic.bytes_written
-        return self.fetch_step + self.fetch_id * traffic.ids + rows + reads + writes
+        seconds = self.fetch_step + self.fetch_id * traffic.ids
+        seconds += (self.fetch_row + self.fetch_element * dim) * traffic.fetched
+        for block in traffic.blocks:
+            seconds += _between(self.reads, block.page_bytes, block.fetched)
+            seconds += _between(self.reads, block.page_bytes, block.completed)
+            seconds += _between(self.writes, block.page_bytes, block.fetched)
+        return seconds
 
     def step(self, traffic: BatchTraffic, dim: int, depth: int, dense: float = 0.0) -> float:
         """Seconds of a step; ``dense`` are those of the rest of the model, ``depth`` batches are prefetched."""
         main, fetch = self.main(traffic, dim) + dense, self.fetch(traffic, dim)
-        return max(main, fetch) if depth else main + fetch
+        return max(main, self.beside * fetch) if depth else main + fetch
 
 
-def fit(runs: Sequence[Measured]) -> RuntimeRates:
-    """Constants from calibration runs, by non-negative least squares of relative errors."""
-    if len(runs) < 8:
-        raise InputError(f"{len(runs)} calibration runs are too few; measure every kind at several sizes")
-    trained = [r for r in runs if r.trained]
-    main = [[1.0, r.ids, r.distinct, r.distinct * r.dim] for r in trained]
-    fetch = []
-    for r in runs:
-        block = r.kind == "block"
-        reads, writes = (pages * block for pages in (r.pages_read, r.pages_written))
-        rows = [r.fetched, r.fetched * r.dim, r.fetched * (r.kind == "mapped")]
-        moved = [[min(1.0, pages), pages, pages * r.page_bytes] for pages in (reads, writes)]
-        fetch.append([1.0, r.ids, *rows, *moved[0], *moved[1]])
-    found = [*_nonnegative(main, [r.main for r in trained]), *_nonnegative(fetch, [r.fetch for r in runs])]
-    return RuntimeRates(**{f.name: value for f, value in zip(fields(RuntimeRates), found, strict=True)})
+def _between(curves: Sequence[Curve], page_bytes: int, pages: float) -> float:
+    """Seconds at a page size between those that were measured."""
+    sizes = [curve.page_bytes for curve in curves]
+    return float(np.interp(page_bytes, sizes, [curve.at(pages) for curve in curves]))
+
+
+def fit(device: Sequence[Point], runs: Sequence[Run]) -> RuntimeRates:
+    """Constants from a calibration: curves as measured, the rest by least squares of relative errors.
+
+    The runs on block files only give ``main_cold`` and ``beside``, from pairs with and without prefetch; how
+    long they fetch is left to judge the curves by.
+
+    Raises:
+        InputError: too few points or runs.
+    """
+    alone = [r for r in runs if not r.depth]
+    quiet = [r for r in alone if r.kind != "block"]
+    if len(quiet) < 6 or not device:
+        raise InputError(f"{len(quiet)} calibration runs are too few; measure every kind at several sizes")
+    main = _nonnegative(
+        [[1.0, r.ids, r.distinct, r.distinct * r.dim, float(r.kind == "block")] for r in alone],
+        [r.main for r in alone],
+    )
+    fetch = _nonnegative(
+        [[1.0, r.ids, r.fetched, r.fetched * r.dim] for r in quiet], [r.fetch for r in quiet]
+    )
+    ratios = [
+        later.fetch / first.fetch for first, later in itertools.pairwise(runs) if later.depth > first.depth
+    ]
+    beside = max(1.0, float(np.median(ratios))) if ratios else 1.0
+    curves = {way: _curves([p for p in device if p.write == way]) for way in (False, True)}
+    return RuntimeRates(curves[False], curves[True], beside, *main, *fetch)
+
+
+def _curves(points: Sequence[Point]) -> tuple[Curve, ...]:
+    made = []
+    for size in sorted({p.page_bytes for p in points}):
+        line = sorted((p.pages, p.seconds) for p in points if p.page_bytes == size)
+        made.append(Curve(size, tuple(float(n) for n, _ in line), tuple(s for _, s in line)))
+    return tuple(made)
 
 
 def _nonnegative(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:

@@ -1,7 +1,9 @@
 """Measures what a tiered table costs on this machine, and what a given stream of batches really takes.
 
-:func:`calibration_points` runs uniform random batches of several sizes on scratch tables of each kind;
-``cost_models/tiered_runtime.py`` fits its constants to them. :func:`run` measures one configuration.
+:func:`device_points` measures the device (seconds of so many random pages, asked for together),
+:func:`calibration_runs` the work around it on uniform random batches of several sizes;
+``cost_models/tiered_runtime.py`` takes its constants from both. :func:`run` measures one configuration. Times are
+means, without the tenth at either end, since the means of parts add up to that of the whole.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from codegen.runtime.tiered.bag import TieredEmbeddingBag
-from codegen.runtime.tiered.table import Range
+from codegen.runtime.tiered.native import HEADER
+from codegen.runtime.tiered.pages import BlockPages, create
+from codegen.runtime.tiered.table import Kind, Range
 from ir.workload import Optimizer
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -28,22 +32,26 @@ ROWS = 60_000  # of a scratch table: several times what the processor's caches h
 CACHE = 6000  # rows of its cache: more than a batch has, few enough to be full of changed rows soon
 SIZES = ((512, 8), (512, 2), (128, 2), (32, 2))  # bags and ids a bag of the batches
 WARM, TIMED = 5, 15  # batches of a calibration run
+BESIDE = ((512, 2), (256, 2))  # those that are also run with batches prefetched: three must fit the cache
+DIMS = (16, 64)
+KINDS: tuple[Kind, ...] = ("ram", "mapped", "block")
+PAGES = 20_000  # of the scratch file: no drive serves that many requests at once
+PAGE_SIZES = (512, 4096)
+COUNTS = (1, 8, 24, 64, 150, 350, 800, 2000)  # pages asked for together
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Means of a batch over a run; seconds are medians.
+    """Means of a batch over a run.
 
     Attributes:
         main: the caller's seconds without waiting: forward, backward, update.
         fetch: the worker's seconds.
         step: seconds from batch to batch.
         dim: columns; ``page_bytes`` of the files.
-        trained: False for lookups without gradients, after which no row has to be written.
     """
 
     kind: str
-    trained: bool
     dim: int
     page_bytes: int
     depth: int
@@ -69,14 +77,12 @@ def run(
     depth: int = 0,
     *,
     dense: nn.Module | None = None,
-    trained: bool = True,
 ) -> Sample:
     """Train a bag on ``batches`` and measure all but the first ``warm`` of them.
 
     Args:
         dense: what comes after the bag, differentiated but not updated; default nothing, so that the bag is
             nearly all of the step.
-        trained: False looks rows up without gradients.
     """
     rest = dense if dense is not None else nn.Identity()
     times: list[tuple[float, float, float]] = []  # step, wait, fetch
@@ -84,10 +90,7 @@ def run(
     fetch_seconds = wait = 0.0
     started = time.perf_counter()
     for number, (ids, offsets) in enumerate(bag.pipeline(batches, depth) if depth else batches):
-        with torch.set_grad_enabled(trained):
-            loss = rest(bag(ids, offsets)).sum().mul(1e-3)
-        if trained:
-            loss.backward()
+        rest(bag(ids, offsets)).sum().mul(1e-3).backward()
         now = time.perf_counter()
         counters = bag.counters
         if number >= warm:
@@ -104,15 +107,20 @@ def run(
     means = {key: (after[key] - before.get(key, 0.0)) / count for key in after}
     return Sample(
         kind=last.kind,
-        trained=trained,
         dim=bag.table.shape.dim,
         page_bytes=last.page_bytes,
         depth=depth,
-        main=float(np.median(step - waited)),
-        fetch=float(np.median(fetched)),
-        step=float(np.median(step)),
+        main=_mean(step - waited),
+        fetch=_mean(fetched),
+        step=_mean(step),
         **means,
     )
+
+
+def _mean(seconds: npt.NDArray[np.float64]) -> float:
+    """Mean without the tenth at either end: other programs' bursts are not the table's."""
+    cut = len(seconds) // 10
+    return float(np.sort(seconds)[cut : len(seconds) - cut].mean())
 
 
 def _totals(bag: TieredEmbeddingBag) -> dict[str, float]:
@@ -126,37 +134,76 @@ def _totals(bag: TieredEmbeddingBag) -> dict[str, float]:
     }
 
 
-def uniform(bags: int, length: int, trained: bool) -> list[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True, slots=True)
+class DevicePoint:
+    """Mean seconds of ``pages`` random pages of a block file that are asked for together."""
+
+    write: bool
+    page_bytes: int
+    pages: int
+    seconds: float
+
+
+def device_points(folder: str | Path | None = None) -> tuple[DevicePoint, ...]:
+    """Measure the device of ``folder`` (default: the temporary folder) with scratch files."""
+    with tempfile.TemporaryDirectory(prefix="tiers-", dir=folder) as where:
+        return tuple(point for page_bytes in PAGE_SIZES for point in _device(Path(where), page_bytes))
+
+
+def calibration_runs(
+    folder: str | Path | None = None, optimizer: Optimizer = "rowwise_adagrad"
+) -> tuple[Sample, ...]:
+    """Measure the work around the device: uniform random batches on scratch tables of each kind."""
+    with tempfile.TemporaryDirectory(prefix="tiers-", dir=folder) as where:
+        return tuple(
+            sample for dim in DIMS for kind in KINDS for sample in _runs(Path(where), dim, kind, optimizer)
+        )
+
+
+def _device(where: Path, page_bytes: int) -> Iterator[DevicePoint]:
+    """One record a page, so that writes read nothing."""
+    path = where / f"pages{page_bytes}"
+    record = (page_bytes - HEADER) // 4
+    pages = create(path, PAGES, record, page_bytes, lambda a, b: np.zeros((b - a, record), np.float32))
+    file = BlockPages(path, PAGES, record, page_bytes, np.zeros(pages, np.uint8), 0)
+    random = np.random.default_rng(page_bytes)
+    try:
+        for count in COUNTS:
+            times: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(max(8, min(40, 4000 // count))):
+                rows = random.choice(PAGES, count, replace=False)
+                started = time.perf_counter()
+                records = file.read(rows)
+                middle = time.perf_counter()
+                file.write(rows, records)
+                times[True].append(time.perf_counter() - middle)
+                times[False].append(middle - started)
+            for write, seconds in times.items():
+                yield DevicePoint(write, page_bytes, count, _mean(np.asarray(seconds)))
+    finally:
+        file.close()
+
+
+def _uniform(bags: int, length: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of ``bags`` bags of ``length`` ids, each row of a scratch table as likely as any other."""
-    random = torch.Generator().manual_seed(2 * bags * length + trained)
+    random = torch.Generator().manual_seed(bags * length)
     offsets = torch.arange(0, bags * length, length)
     return [
         (torch.randint(0, ROWS, (bags * length,), generator=random), offsets) for _ in range(WARM + TIMED)
     ]
 
 
-def calibration_points(
-    folder: str | Path | None = None,
-    *,
-    optimizer: Optimizer = "rowwise_adagrad",
-    dims: Sequence[int] = (16, 64),
-    kinds: Sequence[tuple[str, int]] = (("ram", 4096), ("mapped", 4096), ("block", 512), ("block", 4096)),
-) -> Iterator[Sample]:
-    """Measured batches on scratch tables in ``folder`` (default: the temporary folder), one run after the other."""
-    for dim in dims:
-        for kind, page_bytes in kinds:
-            where = Path(tempfile.mkdtemp(prefix="tiers-", dir=folder))
-            part: Any = kind
-            ranges = (Range(part, ROWS, page_bytes),)
-            try:
-                bag = TieredEmbeddingBag.create(
-                    where / "table", ROWS, dim, ranges, optimizer=optimizer, cache_rows=CACHE
-                )
-                # large batches first: they fill the cache with changed rows, so that later ones write back
-                for trained in (True, False) if kind == "block" else (True,):
-                    for bags, length in SIZES:
-                        yield run(bag, uniform(bags, length, trained), WARM, trained=trained)
-                    bag.flush()
-                bag.close()
-            finally:
-                shutil.rmtree(where, ignore_errors=True)
+def _runs(where: Path, dim: int, kind: Kind, optimizer: Optimizer) -> Iterator[Sample]:
+    folder = where / f"{kind}{dim}"
+    bag = TieredEmbeddingBag.create(
+        folder, ROWS, dim, (Range(kind, ROWS, 4096),), optimizer=optimizer, cache_rows=CACHE
+    )
+    # large batches first: they fill the cache with changed rows, so that later ones write back
+    for bags, length in SIZES:
+        yield run(bag, _uniform(bags, length), WARM)
+    if kind == "block":
+        for size in BESIDE:
+            for depth in (0, 2):
+                yield run(bag, _uniform(*size), WARM, depth)
+    bag.close()
+    shutil.rmtree(folder)
