@@ -12,7 +12,7 @@ tensor             4 collectives (2 all-gather, 2 reduce-scatter) of n h e bytes
                    the 2 gathers more that weight gradients need run behind GEMMs (arXiv 2205.05198)
 context            all-gather of keys and values, b s 2k/t e bytes, forward and again backward, and the
                    reduce-scatter of their fp32 gradients, exposed (as Llama 3 runs it, section 3.3.2)
-data               all-gather of bf16 weights, reduce-scatter of fp32 gradients over context x data ranks;
+data               all-gather of weights of e bytes, reduce-scatter of fp32 gradients over context x data ranks;
                    hidden behind compute except the first and the last unit and what outlasts the compute
 ================== =========================================================================================
 
@@ -39,7 +39,6 @@ from ir.topology import Topology
 # 515 of 800 TFLOP/s, the middle of 507 to 522: arXiv 2411.01783, table 5, columns ATTN
 ATTENTION_EFFICIENCY = 0.644
 FP32_BYTES = 4
-WEIGHT_BYTES = 2  # weights are gathered in bf16, the type they are computed in
 
 LLM_GPU = replace(
     GPU,
@@ -255,9 +254,10 @@ def data_seconds(
         return DataSeconds(0.0, 0.0)
     stride = layout.tensor * layout.context * layout.pipeline
     over = training.ring((layout.context, layout.tensor), (layout.data, stride))
+    item = nbytes(training.dtype)  # weights are gathered in the type they are computed in
     unit = min(chunk_params, training.shape.layer_params / layout.tensor)
-    gather, scatter = over.gather(chunk_params * WEIGHT_BYTES), over.gather(chunk_params * FP32_BYTES)
-    first, last = over.gather(unit * WEIGHT_BYTES), over.gather(unit * FP32_BYTES)
+    gather, scatter = over.gather(chunk_params * item), over.gather(chunk_params * FP32_BYTES)
+    first, last = over.gather(unit * item), over.gather(unit * FP32_BYTES)
     stages, length = layout.virtual_stages, run_length(layout)
     runs = layout.micro_batches // length if layout.zero >= 2 else 1
     back = window.backward + window.weight

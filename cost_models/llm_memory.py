@@ -16,7 +16,7 @@ plus 4 bytes a head for the log-sum-exp of fused attention, which keeps no score
 gradient holds the inputs and the output gradients of the GEMMs: 4 h + 2 q + 2 k + (g+1) f elements.
 
 ========== ============================= ==================== =====================================
-ZeRO       weights, 2 bytes each         gradients, 4 bytes   optimizer, 4 + state bytes
+ZeRO       weights, e bytes each         gradients, 4 bytes   optimizer, 4 + state bytes
 ========== ============================= ==================== =====================================
 1          all                           all                  1 / replicas
 2          all                           1 / replicas + 2 u   1 / replicas
@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cost_models.llm import FP32_BYTES, WEIGHT_BYTES, Training, kv_width
+from cost_models.llm import FP32_BYTES, Training, kv_width
 from cost_models.pipeline import Pipeline, deferred, in_flight, peak_held
 from ir.dtypes import nbytes
 from ir.parallelism import Layout, Recompute
@@ -87,7 +87,7 @@ def stage_memory(
     window = min(params, 2 * unit)
     whole_gradients = layout.zero == 1 or (layout.zero == 2 and layout.schedule == "gpipe")
     return {
-        "weights": math.ceil(WEIGHT_BYTES * (shared + window if layout.zero == 3 else params)),
+        "weights": math.ceil(nbytes(training.dtype) * (shared + window if layout.zero == 3 else params)),
         "gradients": math.ceil(FP32_BYTES * (params if whole_gradients else shared + window)),
         "optimizer": math.ceil((FP32_BYTES + training.state_bytes) * shared),
         "activations": _activations(training, layout, tuple(own), rank),

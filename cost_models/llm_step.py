@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cost_models.compute import stream_seconds
-from cost_models.llm import FP32_BYTES, WEIGHT_BYTES, LayerSeconds, Training, data_seconds
+from cost_models.llm import FP32_BYTES, LayerSeconds, Training, data_seconds
 from cost_models.llm_memory import schedule_of, stage_params
 from cost_models.pipeline import ChunkSeconds, idle_seconds, pipeline_seconds
 from ir.dtypes import nbytes
@@ -69,7 +69,7 @@ def step_cost(training: Training, layout: Layout, stages: Stages) -> StepCost:
     state = FP32_BYTES + training.state_bytes
     update = stream_seconds(
         (state + FP32_BYTES) * shard,
-        (state + WEIGHT_BYTES) * shard,
+        (state + nbytes(training.dtype)) * shard,
         training.topology.device,
         training.calibration,
     )

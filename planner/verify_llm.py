@@ -120,7 +120,7 @@ def _stage_bytes(plan: Plan, made: Parallelism, stage: int) -> float:
     )
     params = matrices / layout.tensor
     # a rank holds a share of what is sharded and all of what is not
-    weights = 2 * (params / copies if layout.zero == 3 else params)
+    weights = item * (params / copies if layout.zero == 3 else params)
     gradients = 4 * (params if layout.zero == 1 else params / copies)
     state = _STATE[fed.optimizer] * params / copies
     held, deferred = peak_layers(layout, made.stages[stage], stage)
