@@ -1,0 +1,313 @@
+"""The tower pass: sample, module widths, accounting, placement, verdict, verification, emitted script."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import planner
+from codegen.runtime.launch import launch
+from codegen.runtime.towers.modules import tower_module
+from codegen.tower_script import emit_towers
+from cost_models.towers import module_work
+from ir.capture import capture
+from ir.errors import InputError
+from ir.ops import EmbeddingTable, Op
+from ir.plan import Plan
+from ir.program import Model
+from ir.topology import Device, Level, Link, MemoryTier, Topology
+from ir.tower_sample import PooledSample
+from ir.towers import Tower, TowerDecision, TowerRequest, illegal
+from ir.workload import Workload
+from passes.tower_modules import fixed_widths, profile, widths_within
+from planner.towers import sample_pooled
+from planner.zoo import build
+from planner.zoo.multi_tower import over_arch_model, with_towers
+
+RANKS = str(Path(__file__).with_name("tower_plans.py"))
+
+
+def machine(hosts: int, host_size: int, slow: float) -> Topology:
+    """Fast hosts on a network of ``slow`` bytes/s."""
+    device = Device("cpu", "cpu", {"fp32": 1e12}, (MemoryTier("ddr", 2**33, 1e11, 1e11),))
+    levels = (
+        Level("host", host_size, Link("loopback", 1e11)),
+        Level("cluster", hosts, Link("ethernet", slow)),
+    )
+    return Topology(f"test-{hosts}x{host_size}", device, levels)
+
+
+def tables(n: int, rows: int = 20_000, dim: int = 32) -> Model:
+    return Model(
+        "tables",
+        tuple(EmbeddingTable(f"t{i}", rows + 64 * i, dim, (f"f{i}",), module="ebc") for i in range(n)),
+        (),
+    )
+
+
+def request(**how: Any) -> planner.Constraints:
+    return planner.Constraints(towers=TowerRequest(**how))
+
+
+@pytest.mark.parametrize("kind", ["projection", "cross", "wukong", "dhen"])
+@pytest.mark.parametrize("out", [1, 2, 5])
+def test_work_of_modules_is_what_torch_counts(kind: Any, out: int) -> None:
+    module = tower_module(kind, 5, 8, out)
+    work = module_work(kind, 5, 8, out)
+    assert work.params == sum(p.numel() for p in module.parameters())
+    with FlopCounterMode(display=False) as counter:
+        sent = module(torch.randn(3, 5, 8))
+    assert sent.shape == (3, out, 8)
+    assert work.flops == pytest.approx(counter.get_total_flops() / 3)
+
+
+@pytest.mark.parametrize("kind", ["projection", "cross", "wukong", "dhen"])
+def test_modules_treat_samples_independently(kind: Any) -> None:
+    torch.manual_seed(0)
+    module = tower_module(kind, 4, 8, 2)
+    x = torch.randn(6, 4, 8)
+    assert torch.allclose(module(x)[2:4], module(x[2:4]), atol=1e-6)
+
+
+def test_sample_measures_cosines_and_survives_a_file(tmp_path: Path) -> None:
+    """By hand: b is a turned by 60 degrees, c is zero in every other sample and else a."""
+    a = np.tile([[1.0, 0.0]], (4, 1))
+    b = np.tile([[0.5, 3**0.5 / 2]], (4, 1)) * 7
+    c = -a * np.array([[1.0], [0.0], [1.0], [0.0]])
+    sample = PooledSample(("a", "b", "c"), (2, 2, 2), np.concatenate([a, b, c], 1).astype(np.float32))
+    sample.save(tmp_path / "s.npz")
+    read = PooledSample.load(tmp_path / "s.npz")
+    assert read.digest == sample.digest
+    expected = np.array([[0, 0.5, 0.5], [0.5, 0, 0.25], [0.5, 0.25, 0]])
+    assert read.strengths(["a", "b", "c"]) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(InputError, match="lacks feature 'd'"):
+        read.of(["d"])
+    (tmp_path / "bad.npz").write_bytes(b"no archive")
+    with pytest.raises(InputError, match="no pooled sample"):
+        PooledSample.load(tmp_path / "bad.npz")
+
+
+def _low_rank(n: int, dim: int, rank: int, seed: int) -> PooledSample:
+    random = np.random.default_rng(seed)
+    pooled = random.standard_normal((400, rank)) @ random.standard_normal((rank, n * dim))
+    return PooledSample(tuple(f"f{i}" for i in range(n)), (dim,) * n, pooled.astype(np.float32))
+
+
+def test_energy_lost_is_that_of_the_missing_components() -> None:
+    """Rank 6 in vectors of 4: two vectors carry everything, one does not; independent noise loses its share."""
+    found = profile(_low_rank(5, 4, 6, 0), [f"f{i}" for i in range(5)], 4)
+    assert found.lost[0] > 0.01
+    assert found.lost[1:] == pytest.approx(0.0, abs=1e-6)
+    noise = np.random.default_rng(1).standard_normal((20_000, 12)).astype(np.float32)
+    lost = profile(PooledSample(("x", "y", "z"), (4, 4, 4), noise), ["x", "y", "z"], 4).lost
+    assert lost == pytest.approx([2 / 3, 1 / 3, 0], abs=0.02)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.05, 0.3])
+def test_widths_are_the_narrowest_within_the_budget(budget: float) -> None:
+    samples = [_low_rank(4, 3, 5, s) for s in (1, 2)] + [_low_rank(3, 3, 7, 3)]
+    found = [profile(s, s.features, 3) for s in samples]
+    chosen = widths_within(found, [3, 3, 3], budget)
+    total = sum(p.energy for p in found)
+
+    def lost(widths: tuple[int, ...]) -> float:
+        return sum(p.energy * p.lost[w - 1] for p, w in zip(found, widths, strict=True)) / total
+
+    def peer(widths: tuple[int, ...]) -> tuple[int, int]:
+        return max(max(2 * w, sum(widths) - w) for w in widths), sum(widths)
+
+    fitting = [
+        w for w in itertools.product(range(1, 5), range(1, 5), range(1, 4)) if lost(w) <= budget + 1e-9
+    ]
+    assert lost(tuple(chosen)) <= budget + 1e-9
+    assert peer(tuple(chosen)) == min(map(peer, fitting))
+    assert fixed_widths([4, 5, 1], 2.0) == [2, 3, 1]
+
+
+def test_towers_pay_on_a_slow_network_only() -> None:
+    """Modules halve what crosses hosts (two tables a tower); with links as fast as the host's they add work."""
+    work = Workload(8192)
+    always_wide = request(module="projection", compression=4)
+    slow = planner.compile(tables(8), machine(4, 1, 1e8), work, constraints=always_wide, time_limit=0.1)
+    section = slow.decisions.towers
+    assert section is not None
+    assert section.applied
+    assert slow.timeline.step == section.steps["modules"] < section.steps["flat"]
+    assert section.cross_host_bytes["modules"] * 2 == section.cross_host_bytes["exchange"]
+    fast = planner.compile(tables(8), machine(4, 1, 1e11), work, constraints=always_wide, time_limit=0.1)
+    flat = planner.compile(tables(8), machine(4, 1, 1e11), work, time_limit=0.1)
+    assert fast.decisions.towers is not None
+    assert not fast.decisions.towers.applied
+    assert fast.table_plans == flat.table_plans
+    assert fast.timeline == flat.timeline
+    assert "towers do not pay here" in fast.warnings[-1]
+    for plan in (slow, fast):
+        assert all(finding.ok for finding in planner.verify(plan)), planner.verify(plan)
+    assert Plan.from_dict(slow.to_dict()).to_dict() == slow.to_dict()
+
+
+def test_shards_stay_in_their_tower_and_faults_are_found() -> None:
+    plan = planner.compile(
+        tables(6),
+        machine(4, 1, 1e8),
+        Workload(1024),
+        constraints=request(towers=2, always=True),
+        time_limit=0.1,
+    )
+    section = plan.decisions.towers
+    assert section is not None
+    for name, table in plan.tables.items():
+        assert {shard.rank // 2 for shard in table.shards} == {section.tower_of(name)}
+    moved = replace(plan.table_plans[0], shards=(replace(plan.table_plans[0].shards[0], rank=3),))
+    broken = replace(plan, table_plans=(moved, *plan.table_plans[1:]))
+    if section.tower_of(moved.name) == 1:
+        moved = replace(moved, shards=(replace(moved.shards[0], rank=0),))
+        broken = replace(plan, table_plans=(moved, *plan.table_plans[1:]))
+    faults = {f.check: f.faults for f in planner.verify(broken)}
+    assert "outside the tower" in faults["towers"][0]
+    halved = replace(section, towers=section.towers[:1])
+    faults = {
+        f.check: f.faults
+        for f in planner.verify(replace(plan, decisions=replace(plan.decisions, towers=halved)))
+    }
+    assert any("in no tower" in fault for fault in faults["towers"])
+
+
+def test_requests_that_do_not_fit() -> None:
+    def run(model: Model | None = None, **how: Any) -> None:
+        planner.compile(model or tables(4), machine(2, 1, 1e8), Workload(256), constraints=request(**how))
+
+    with pytest.raises(InputError, match="3 towers do not fit 2 hosts"):
+        run(towers=3)
+    with pytest.raises(InputError, match="need a compression, or an accuracy_budget with interactions"):
+        run(module="cross")
+    mixed = replace(tables(4), tables=(replace(tables(4).tables[0], dim=64), *tables(4).tables[1:]))
+    with pytest.raises(InputError, match="need vectors of one width"):
+        run(mixed, module="cross", compression=2)
+    sequence = replace(
+        tables(4), tables=(replace(tables(4).tables[0], pooling="none"), *tables(4).tables[1:])
+    )
+    with pytest.raises(InputError, match="sequences of rows"):
+        run(sequence)
+
+
+def test_legality_reads_the_graph() -> None:
+    records = tables(2).tables
+
+    def ops(*lookups: tuple[str, str, tuple[str, ...]]) -> tuple[Op, ...]:
+        made = [Op("ids", "input")]
+        for name, source, read in lookups:
+            made.append(Op(name, "lookup", inputs=(source,), tables=read))
+            made.append(Op(f"{name}_sum", "elementwise", inputs=(name,)))
+        return tuple(made)
+
+    assert illegal(records, ops(("a", "ids", ("t0",)), ("b", "ids", ("t1",)))) == ""
+    assert "computed from another lookup" in illegal(
+        records, ops(("a", "ids", ("t0",)), ("b", "a_sum", ("t1",)))
+    )
+    assert "looked up by 2 ops" in illegal(records, ops(("a", "ids", ("t0",)), ("b", "ids", ("t0",))))
+
+
+@pytest.mark.parametrize("name", ["dlrm-small", "dlrm-dcnv2-small", "wukong-small", "dhen-small"])
+def test_over_arch_of_the_zoo_prices_what_the_model_has(name: str) -> None:
+    """Dense parameters of the multi-tower model = over-arch as priced + tower modules as accounted."""
+    flat = build(name)
+    features, dim = flat.module.features, flat.module.tables[0].dim
+    towers = []
+    for number, (start, end, out) in enumerate([(0, 10, 3), (10, 26, 4)]):
+        work = module_work("cross", end - start, dim, out)
+        part = tuple(features[start:end])
+        towers.append(
+            Tower(part, part, number, 1, dim, dim * len(part), out, dim * out, work.params, work.flops)
+        )
+    section = TowerDecision(True, "test", "coherent", "cross", tuple(towers))
+    model = with_towers(flat.module, section)
+    whole = capture(model)
+    priced = over_arch_model(build(name).module, sum(t.vectors_out for t in section.towers))
+    assert whole.dense_params == priced.dense_params + sum(t.params for t in section.towers)
+    assert whole.dense_flops == pytest.approx(
+        priced.dense_flops + sum(t.flops for t in section.towers), rel=1e-6
+    )
+
+
+def test_sample_of_a_model_feeds_the_budget(tmp_path: Path) -> None:
+    flat = build("dlrm-small", device="cpu", row_cap=200)
+    batches = [flat.module.random_batch(64, flat.workload, seed)[1] for seed in range(3)]
+    sample = sample_pooled(flat.module, batches, limit=150)
+    assert sample.pooled.shape == (150, 26 * 16)
+    path = tmp_path / "sample.npz"
+    sample.save(path)
+    how = {"module": "projection", "accuracy_budget": 0.2, "interactions": str(path), "always": True}
+    plan = planner.compile(
+        flat.module, machine(2, 1, 1e9), flat.workload, constraints=request(**how), time_limit=0.1
+    )
+    section = plan.decisions.towers
+    assert section is not None
+    assert section.affinity is not None
+    assert section.affinity.value <= section.affinity.bound
+    assert section.energy_lost is not None
+    assert section.energy_lost <= 0.2
+    assert all(finding.ok for finding in planner.verify(plan))
+    assert "interaction within towers" in plan.explain()
+
+
+@pytest.fixture(scope="module")
+def small_plan() -> planner.Plan:
+    """DLRM on Criteo Kaggle, capped, in two towers of one rank."""
+    return planner.compile(
+        "dlrm-small",
+        machine(2, 1, 1e9),
+        constraints=request(module="projection", compression=3, always=True),
+        time_limit=0.1,
+    )
+
+
+def test_applied_plan_trains_the_multi_tower_model(small_plan: planner.Plan) -> None:
+    """plan.apply on two gloo ranks against the same multi-tower model in one process."""
+    small = replace(small_plan, table_plans=tuple(_capped(t, 300) for t in small_plan.table_plans))
+    answers = launch(f"{RANKS}:train", 2, {"plan": small.to_dict(), "row_cap": 300}, host_size=1, timeout=120)
+    for answer in answers:
+        assert answer["moved"] == [0, 1]
+        assert answer["outputs"] < 1e-6
+        assert answer["first"] > answer["last"]
+
+
+def _capped(table: Any, rows: int) -> Any:
+    """The plan's tables have 10,000 rows at most; the test's are smaller, whole on the same ranks."""
+    most = min(table.rows, rows)
+    whole = replace(table.shards[0], row=0, col=0, rows=most, cols=table.dim)
+    return replace(table, rows=most, sharding_type="table_wise", shards=(whole,))
+
+
+def test_emitted_script_trains(tmp_path: Path, small_plan: planner.Plan) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(emit_towers(small_plan, "dlrm-small"))
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *(str(script), "--steps", "2", "--batch", "33"),
+        ],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step 1  loss" in done.stdout
+    assert small_plan.decisions.towers is not None
+    kept = replace(small_plan.decisions.towers, applied=False)
+    flat = replace(small_plan, decisions=replace(small_plan.decisions, towers=kept))
+    with pytest.raises(InputError, match="has no towers to run"):
+        emit_towers(flat, "dlrm-small")

@@ -1,0 +1,44 @@
+"""What the test of ``plan.apply`` runs in other processes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from codegen.runtime.batches import cut
+from codegen.runtime.launch import Rank
+from planner import Plan
+from planner.zoo import build
+from planner.zoo.multi_tower import with_towers
+
+
+def train(place: Rank, plan: dict[str, Any], row_cap: int) -> dict[str, Any]:
+    """Six steps on one batch; the first outputs beside those of the whole model."""
+    decided = Plan.from_dict(plan)
+    assert decided.decisions.towers is not None
+    torch.manual_seed(5)
+    flat = build("dlrm-small", device="cpu", row_cap=row_cap)
+    model = with_towers(flat.module, decided.decisions.towers)
+    alone = copy.deepcopy(model)
+    dense, ids, labels = model.random_batch(40, flat.workload, 1)
+    made = decided.apply(model, dist.group.WORLD, lr=0.1)
+    start, size = [(0, 13), (13, 27)][place.rank]
+    mine = (dense[start : start + size], cut(ids, start, size))
+    expected = alone(dense, ids)[start : start + size].detach()
+    losses = []
+    for step in range(6):
+        out = made(*mine)
+        if step == 0:
+            first = float((out.detach() - expected).abs().max())
+        loss = F.binary_cross_entropy_with_logits(out, labels[start : start + size])
+        made.zero_grad()
+        loss.backward()
+        made.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total))
+    return {"outputs": first, "first": losses[0], "last": losses[-1], "moved": list(made.moved)}
