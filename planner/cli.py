@@ -426,12 +426,15 @@ def topologies(name: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("plan", type=click.Path())
-@click.option("--target", type=click.Choice(["torchrec", "torchao", "script"]), default="torchrec", show_default=True)
+@click.option(
+    "--target", type=click.Choice(["torchrec", "torchao", "script"]), default="torchrec", show_default=True
+)
 @click.option("--model", "model", help="Where the script finds the model; default the one that was compiled.")
 @click.option("--output", "-o", type=click.Path(), help="Write here instead of printing.")
 @reports_errors
 def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
-    """Write what runs the plan: a torchrec training script for torchrun, or torchao GEMM configurations."""
+    """Write what runs the plan: a torchrec training script for torchrun, one for towers (script), or
+    torchao GEMM configurations."""
     from codegen.script import emit_torchrec
     from codegen.torchao import emit_torchao
     from codegen.tower_script import emit_towers
