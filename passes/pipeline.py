@@ -16,6 +16,7 @@ from passes.growth import GrowthSchedule
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
 from passes.step import StepTimeline
+from passes.towers import Towers
 
 Observer = Callable[[str, Program], None]
 """Called as ``observer(pass name, program after it)``; first with "capture" before any pass."""
@@ -30,6 +31,7 @@ def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
         CompressionBounds(calibration),  # needs the shards, changes what the step waits for
         StepTimeline(calibration),  # needs the time of each phase, which the shards decide
         GrowthSchedule(calibration),  # prices every phase as the passes before it price a step
+        Towers(calibration),  # replaces the flat plan where it is slower
     )
 
 
