@@ -143,7 +143,7 @@ def _module(
     if name == "cross":
         return CrossModule(vectors, dim, out, device)
     if name == "convolution":
-        return Convolution(vectors, dim, out, 8, 3, device)
+        return Convolution(vectors, dim, out, 4, 3, device)
     raise InputError(
         f"DHEN has no interaction module {name!r}{did_you_mean(name, MODULES)}; it has {', '.join(MODULES)}"
     )
