@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from codegen.collectives import advice, bucket_mib
 from codegen.torchrec import in_torchrec_order
 from codegen.torchrec_check import check, collections_of, locate
 from ir.errors import InputError
@@ -85,6 +86,8 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         dense_class=_CLASSES[counterpart][0],
         dense_arguments=_CLASSES[counterpart][1],
         lr=_DEFAULT_LR,
+        bucket_mib=bucket_mib(plan),
+        advice=advice(plan),
     )
 
 

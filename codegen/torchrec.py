@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from codegen.collectives import data_parallel, send_scheduled
 from codegen.compressed import sharders
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
 from codegen.torchrec_formats import set_formats
@@ -190,7 +191,9 @@ def sharded_model(
         device=target,
         plan=decided,
         sharders=sharders(plan, device),
+        data_parallel_wrapper=data_parallel(plan),
     )
+    send_scheduled(plan, wrapped, group)
     if kept is not None:
         # TorchRec draws new weights for the shards of a table on the CPU; give it back its own
         load_weights(wrapped, kept)

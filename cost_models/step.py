@@ -15,7 +15,8 @@ first and nothing follows the top forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from cost_models.calibration import Calibration
 from cost_models.collectives import all_reduce, network
@@ -29,6 +30,28 @@ from ir.plan import Timeline
 from ir.program import Mode, Model
 from ir.topology import Topology
 from ir.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class DenseReduction:
+    """How dense gradients are summed over ranks.
+
+    Attributes:
+        bucket_bytes: gathered before one all-reduce starts.
+        price: from the bytes of a bucket to the seconds of its all-reduce by term.
+    """
+
+    bucket_bytes: float
+    price: Callable[[float], dict[str, float]]
+
+
+def ring_reduction(topology: Topology, calibration: Calibration) -> DenseReduction:
+    """The calibration's bucket, summed around a ring."""
+    net = network(topology, calibration)
+    return DenseReduction(
+        calibration.bucket_bytes,
+        lambda size: {"transfer": all_reduce(size, net), "latency": net.latency},
+    )
 
 
 def dense_seconds(
@@ -66,6 +89,7 @@ def step_timeline(
     mode: Mode,
     formats: FormatPlan | None = None,
     fetch_seconds: float = 0.0,
+    reduction: DenseReduction | None = None,
 ) -> Timeline:
     """The modelled step.
 
@@ -78,7 +102,9 @@ def step_timeline(
         mode: "train" or "inference".
         formats: number formats of GEMM operands and of cached keys and values.
         fetch_seconds: of rows that the busiest memory tier hands over for a later step, beside this one.
+        reduction: of dense gradients; default :func:`ring_reduction`.
     """
+    reduction = reduction or ring_reduction(topology, calibration)
     forward = dense_seconds(model, topology, workload, calibration)
     if formats is not None:
         train = mode == "train"
@@ -101,7 +127,7 @@ def step_timeline(
     if mode == "train":
         # the next batch's ids: the slot between the two output exchanges is the free one
         ops.append(TimedOp("input_dist_next", "network", phase_seconds["input_dist"]))
-        ops += _backward(bottom, top, forward, phase_seconds, topology, workload, calibration)
+        ops += _backward(bottom, top, forward, phase_seconds, topology, workload, calibration, reduction)
     return schedule(ops)
 
 
@@ -113,9 +139,9 @@ def _backward(
     topology: Topology,
     workload: Workload,
     calibration: Calibration,
+    reduction: DenseReduction,
 ) -> list[TimedOp]:
     """Backward passes, gradient exchanges and the dense update, in issue order."""
-    net = network(topology, calibration)
     item = nbytes(workload.compute_dtype)
     ops: list[TimedOp] = []
     reduced: list[str] = []
@@ -127,21 +153,13 @@ def _backward(
 
     def reduce(name: str, part: Sequence[Op], after: str) -> None:
         size = sum(op.params for op in part) * item
-        if size > 0 and net.ranks > 1:
-            moved = all_reduce(size, net)
-            ops.append(
-                TimedOp(
-                    name,
-                    "network",
-                    moved + net.latency,
-                    (after,),
-                    {"transfer": moved, "latency": net.latency},
-                )
-            )
+        if size > 0 and topology.world_size > 1:
+            terms = reduction.price(size)
+            ops.append(TimedOp(name, "network", sum(terms.values()), (after,), terms))
             reduced.append(name)
 
     # buckets follow the backward pass and may span the top and the bottom, as DDP's do
-    buckets = list(_buckets([*bottom, *top], item, calibration.bucket_bytes)) or [[]]
+    buckets = list(_buckets([*bottom, *top], item, reduction.bucket_bytes)) or [[]]
     below = {op.name for op in bottom}
     last, exchanged = "top_forward", False
     for index, bucket in enumerate(buckets):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+from ir.collective_plan import CollectiveRequest
 from ir.compression import CompressionRequest
 from ir.dedup import DedupRequest
 from ir.format_plan import FormatRequest
@@ -69,6 +70,7 @@ class Constraints:
     # result. Off: such options are not offered, and the sharded run equals the unsharded one.
     allow_state_split: bool = False
     tables: dict[str, TableConstraint] = field(default_factory=dict)
+    collectives: CollectiveRequest | None = None  # None: dense gradients by the library, buckets decided
     compression: CompressionRequest | None = None  # None: vectors travel in the workload's exchange type
     dedup: DedupRequest | None = None
     formats: FormatRequest | None = None  # None: every tensor keeps the type it is declared with

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
+from ir.collective_plan import CollectivePlan
 from ir.compression import Compression
 from ir.dedup import DedupPlan
 from ir.format_plan import FormatPlan
@@ -27,6 +28,7 @@ class Decisions:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
+    collectives: CollectivePlan | None = None
     compression: Compression | None = None
     dedup: DedupPlan | None = None
     formats: FormatPlan | None = None

@@ -10,6 +10,7 @@ from cost_models.calibration import Calibration
 from ir.program import Program
 from ir.verifier import verify_program
 from passes.base import Pass
+from passes.collectives import Collectives
 from passes.compression import CompressionBounds
 from passes.dedup import Dedup
 from passes.growth import GrowthSchedule
@@ -30,6 +31,7 @@ def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
         MemoryAccounting(),  # needs the shards
         CompressionBounds(calibration),  # needs the shards, changes what the step waits for
         StepTimeline(calibration),  # needs the time of each phase, which the shards decide
+        Collectives(calibration),  # needs the step, which its buckets change
         GrowthSchedule(calibration),  # prices every phase as the passes before it price a step
         Towers(calibration),  # replaces the flat plan where it is slower
     )

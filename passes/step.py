@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from cost_models.calibration import Calibration, default_calibration
+from cost_models.collective.planning import communication, dense_reduction
 from cost_models.embedding import phase_overheads
 from cost_models.placed import rank_seconds, rank_tiers
-from cost_models.step import step_timeline
+from cost_models.step import DenseReduction, step_timeline
 from ir.plan import Assumption
 from ir.program import Program
 from ir.units import format_bandwidth, format_seconds
@@ -43,8 +44,19 @@ class StepTimeline:
             mode,
             program.decisions.formats,
             _fetch_seconds(program, calibration),
+            _reduction(program, calibration),
         )
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
+
+
+def _reduction(program: Program, calibration: Calibration) -> DenseReduction | None:
+    """The all-reduces that were decided; None before that."""
+    decided, asked = program.decisions.collectives, program.options.constraints.collectives
+    if decided is None:
+        return None
+    net = communication(program.topology, calibration)
+    scheduled = asked is not None and asked.dense_engine == "scheduled"
+    return dense_reduction(net, decided.bucket_bytes, scheduled)
 
 
 def _fetch_seconds(program: Program, calibration: Calibration) -> float:

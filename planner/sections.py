@@ -12,6 +12,7 @@ from ir.plan import Plan
 
 # section of ir.decisions.Decisions -> "module:function" from a plan to what explain prints
 RENDERERS: dict[str, str] = {
+    "collectives": "planner.collectives_render:render_collectives",
     "compression": "planner.compression_render:render_compression",
     "dedup": "planner.dedup_render:render_dedup",
     "formats": "planner.storage_render:render_formats",

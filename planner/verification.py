@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ir.ops import EmbeddingTable
 from ir.plan import EVERY_RANK, FORMAT_VERSION, Plan, Shard, TablePlan
 from ir.units import format_bytes
+from planner.verify_collectives import check_collectives
 from planner.verify_compression import compression_faults
 from planner.verify_dedup import check_dedup
 from planner.verify_growth import check_growth
@@ -59,6 +60,7 @@ def verify(plan: Plan, tables: tuple[EmbeddingTable, ...] | None = None) -> tupl
         ("towers", check_towers),
         ("growth", check_growth),
         ("compression", compression_faults),
+        ("collectives", check_collectives),
         ("parallelism", check_parallelism),
         ("parallel_memory", check_parallel_memory),
     ]

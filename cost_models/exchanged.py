@@ -1,0 +1,50 @@
+"""Bytes that the exchanges of a step move, on the rank that moves most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cost_models.embedding import LENGTH_BYTES, traffic
+from cost_models.placed import option_of, placed_units, table_of
+from ir.dtypes import nbytes
+from ir.plan import TablePlan
+from ir.schedules import Collective
+from ir.topology import Topology
+from ir.workload import Workload
+
+Exchange = tuple[str, Collective]
+"""Phase of the step and collective, as ("output_dist", "all_to_all")."""
+
+
+def exchanged_bytes(
+    plans: Sequence[TablePlan], topology: Topology, workload: Workload
+) -> dict[Exchange, float]:
+    """Bytes of the largest rank in each exchange of ids and of vectors, its own part included.
+
+    Vectors of tables that lie whole (or by columns) on ranks travel in an all-to-all, those of tables that
+    are split by rows in a reduce-scatter: over the host and then an all-to-all, or over all ranks. Tables that every
+    rank copies exchange nothing here.
+    """
+    moved: dict[Exchange, np.ndarray] = {}
+
+    def add(exchange: Exchange, ranks: Sequence[int], size: float) -> None:
+        load = moved.setdefault(exchange, np.zeros(topology.world_size))
+        np.add.at(load, list(ranks), size)
+
+    for plan in plans:
+        if plan.sharding_type == "data_parallel":
+            continue
+        table, option = table_of(plan), option_of(plan)
+        for unit, ranks in placed_units(plan, topology):
+            load = traffic(table, option, unit, topology, workload)
+            ids = load.ids * workload.id_bytes + load.lengths * LENGTH_BYTES + load.weight_bytes
+            add(("input_dist", "all_to_all"), ranks, ids)
+            vectors = load.outputs * unit.blocks[0].cols * nbytes(workload.exchange_dtype)
+            if option.scope == "all":
+                add(("output_dist", "reduce_scatter"), ranks, vectors)
+            else:
+                share = topology.host_size if option.scope == "host" else 1
+                add(("output_dist", "all_to_all"), ranks, vectors / share)
+    return {exchange: float(load.max()) for exchange, load in moved.items()}
