@@ -1,0 +1,101 @@
+"""Replanning: least movement by brute force, survivors keep what they hold, long horizons move more."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import planner
+from ir.constraints import Constraints, TableConstraint
+from ir.errors import InputError
+from ir.ops import EmbeddingTable
+from ir.program import Model, Options, Program
+from passes.relabel import Relabel, assign
+from planner.replan import received, replan
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5).flatmap(lambda n: st.lists(st.integers(0, 50), min_size=n * n, max_size=n * n)))
+def test_assignment_is_the_best_of_all(values: list[int]) -> None:
+    size = int(len(values) ** 0.5)
+    worth = np.array(values, np.int64).reshape(size, size)
+    best = max(sum(worth[i, p[i]] for i in range(size)) for p in itertools.permutations(range(size)))
+    found = assign(worth)
+    assert sorted(found) == list(range(size))
+    assert sum(worth[i, j] for i, j in enumerate(found)) == best
+
+
+TABLES = Model(
+    "twelve",
+    tuple(
+        EmbeddingTable(f"t{n}", rows=(n + 1) * 200_000, dim=64 if n % 2 else 128, features=(f"f{n}",))
+        for n in range(12)
+    ),
+    (),
+)
+
+
+@pytest.fixture(scope="module")
+def plan() -> planner.Plan:
+    return planner.compile(TABLES, "h100-2x8")
+
+
+def test_renamed_ranks_are_named_back(plan: planner.Plan) -> None:
+    """Shuffle the ranks of a plan as the symmetry allows: relabelling finds the way back, nothing moves."""
+    random = np.random.default_rng(0)
+    inner = [random.permutation(8) for _ in range(2)]
+    shuffle = {h * 8 + i: (1 - h) * 8 + int(inner[h][i]) for h in range(2) for i in range(8)}
+    hosts = {h * 8 + i: (1 - h) * 8 + i for h in range(2) for i in range(8)}
+    tables = []
+    for table in plan.table_plans:
+        names = {"table_row_wise": hosts, "grid_shard": hosts}.get(table.sharding_type, shuffle)
+        if table.sharding_type in ("row_wise", "data_parallel"):
+            tables.append(table)
+        else:
+            tables.append(replace(table, shards=tuple(replace(s, rank=names[s.rank]) for s in table.shards)))
+    shuffled = replace(plan, table_plans=tuple(tables))
+    assert received(plan, shuffled, range(16))[0] > 0
+    program = Program(
+        Model("m", (), ()), plan.topology, plan.workload, Options(), tables=shuffled.table_plans
+    )
+    back = Relabel(plan.table_plans, tuple(range(16))).run(program).tables
+    assert back is not None
+    assert received(plan, replace(plan, table_plans=back), range(16)) == (0, 0)
+
+
+def test_nothing_changed_moves_nothing(plan: planner.Plan) -> None:
+    found = replan(plan, plan.topology, model=TABLES)
+    assert found.candidates[0].moved == 0
+    assert all(finding.ok for finding in planner.verify(found.plan))
+
+
+def test_a_lost_host() -> None:
+    by_table = Constraints(tables={"*": TableConstraint(sharding_types=("table_wise", "column_wise"))})
+    old = planner.compile(TABLES, "h100-3x4", planner.Workload(global_batch=49152), constraints=by_table)
+    short, long = (replan(old, "h100-2x4", lost=(4, 5, 6, 7), model=TABLES, horizon=h) for h in (1, 10**9))
+    survivors = (0, 1, 2, 3, 8, 9, 10, 11)
+    for found in (short, long):
+        assert found.plan.world_size == 8
+        assert all(finding.ok for finding in planner.verify(found.plan))
+        for candidate in found.candidates:
+            assert candidate.moved == received(old, candidate.plan, survivors)[0]
+    # what pays within one step is to move least; in a billion steps only the step counts
+    assert short.candidates[0].moved == min(c.moved for c in short.candidates)
+    assert long.plan.timeline.step == min(c.plan.timeline.step for c in long.candidates)
+    # at least what was lost must move: no survivor has it
+    lost = sum(s.rows * s.cols * 4 for t in old.table_plans for s in t.shards if 4 <= s.rank < 8)
+    assert short.candidates[0].moved >= lost
+
+
+def test_bad_input(plan: planner.Plan) -> None:
+    with pytest.raises(InputError, match=r"ranks 0\.\.15, not 16"):
+        replan(plan, "h100-1x8", lost=(16,))
+    with pytest.raises(InputError, match="no rank is left"):
+        replan(plan, "h100-1x8", lost=range(16))
+    with pytest.raises(InputError, match="at least one step"):
+        replan(plan, "h100-1x8", horizon=0)
