@@ -16,9 +16,11 @@ from ir.errors import InfeasibleError, InputError, PlannerError
 from planner.calibrate_cli import calibrate
 from planner.decoders import decoder_pipeline, with_tokens
 from planner.doctor_cli import doctor, schema
+from planner.emit_cli import TARGETS, emit_decoder
 from planner.formats_cli import formats
 from planner.scale_cli import scale
 from planner.sensitivity_cli import sensitivity
+from planner.replan_cli import replan
 from planner.trace_cli import trace
 from planner.whatif_cli import whatif
 
@@ -427,20 +429,26 @@ def topologies(name: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("plan", type=click.Path())
 @click.option(
-    "--target", type=click.Choice(["torchrec", "torchao", "script"]), default="torchrec", show_default=True
+    "--target",
+    type=click.Choice(["torchrec", "torchao", "script", *TARGETS]),
+    default="torchrec",
+    show_default=True,
 )
 @click.option("--model", "model", help="Where the script finds the model; default the one that was compiled.")
 @click.option("--output", "-o", type=click.Path(), help="Write here instead of printing.")
 @reports_errors
 def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
-    """Write what runs the plan: a torchrec training script for torchrun, one for towers (script), or
-    torchao GEMM configurations."""
+    """Write what runs the plan: a torchrec training script for torchrun, one for towers (script),
+    torchao GEMM configurations, or a decoder's configuration for a trainer or a server."""
     from codegen.script import emit_torchrec
     from codegen.torchao import emit_torchao
     from codegen.tower_script import emit_towers
     from ir.plan import write_atomically
 
     loaded = _load(plan)
+    if target in TARGETS:
+        emit_decoder(loaded, target, output)
+        return
     emitter = {"torchrec": emit_torchrec, "torchao": emit_torchao, "script": emit_towers}[target]
     text = emitter(loaded, model or loaded.provenance.get("model") or loaded.model.name)
     if output and target == "torchao":
@@ -463,3 +471,4 @@ cli.add_command(trace)
 cli.add_command(sensitivity)
 cli.add_command(doctor)
 cli.add_command(schema)
+cli.add_command(replan)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +19,7 @@ from ir.errors import InputError
 from ir.ops import EmbeddingTable
 from ir.program import Model, Options, Program
 from passes.relabel import Relabel, assign
+from planner.cli import cli
 from planner.replan import received, replan
 
 
@@ -99,3 +103,18 @@ def test_bad_input(plan: planner.Plan) -> None:
         replan(plan, "h100-1x8", lost=range(16))
     with pytest.raises(InputError, match="at least one step"):
         replan(plan, "h100-1x8", horizon=0)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    file, out = tmp_path / "plan.json", tmp_path / "new.json"
+    planner.compile("dlrm-small", "local-4").save(file)
+    arguments = ["replan", str(file), "-t", "local-2", "--lost", "1,3", "-o", str(out), "--json"]
+    run = CliRunner().invoke(cli, arguments)
+    assert run.exit_code == 0, run.output
+    body = json.loads(run.output)
+    totals = [row["total_seconds"] for row in body["candidates"]]
+    assert totals == sorted(totals)
+    assert planner.Plan.load(out).digest == body["digest"]
+    run = CliRunner().invoke(cli, ["replan", str(file), "-t", "local-2", "--lost", "x"])
+    assert run.exit_code == 2
+    assert "must list ranks" in run.output
