@@ -18,9 +18,9 @@ from planner.decoders import decoder_pipeline, with_tokens
 from planner.doctor_cli import doctor, schema
 from planner.emit_cli import TARGETS, emit_decoder
 from planner.formats_cli import formats
+from planner.replan_cli import replan
 from planner.scale_cli import scale
 from planner.sensitivity_cli import sensitivity
-from planner.replan_cli import replan
 from planner.trace_cli import trace
 from planner.whatif_cli import whatif
 
