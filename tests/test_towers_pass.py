@@ -289,6 +289,24 @@ def _capped(table: Any, rows: int) -> Any:
     return replace(table, rows=most, sharding_type="table_wise", shards=(whole,))
 
 
+@pytest.mark.parametrize(
+    ("codec", "relative", "error", "saved"), [("lz", 0.0, 1e-6, 0.5), ("eb_lz_entropy", 1e-2, 0.01, 2.0)]
+)
+def test_a_codec_between_peers(
+    small_plan: planner.Plan, codec: str, relative: float, error: float, saved: float
+) -> None:
+    """A lossless codec changes nothing; a bounded one stays near and sends less, gradients included."""
+    small = replace(small_plan, table_plans=tuple(_capped(t, 300) for t in small_plan.table_plans))
+    how = {"plan": small.to_dict(), "row_cap": 300, "codec": codec, "relative": relative}
+    for answer in launch(f"{RANKS}:coded", 2, how, host_size=1, timeout=120):
+        assert answer["error"] < error
+        # forward and backward, 200 samples, the widths that the tower sends and receives
+        assert answer["plain"] == 4 * 200 * 16 * sum(
+            t.vectors_out for t in small_plan.decisions.towers.towers
+        )
+        assert answer["plain"] > saved * answer["sent"]
+
+
 def test_emitted_script_trains(tmp_path: Path, small_plan: planner.Plan) -> None:
     script = tmp_path / "train.py"
     script.write_text(emit_towers(small_plan, "dlrm-small"))

@@ -11,9 +11,29 @@ from torch.nn import functional as F
 
 from codegen.runtime.batches import cut
 from codegen.runtime.launch import Rank
+from codegen.runtime.towers.coded import CodedMove
 from planner import Plan
 from planner.zoo import build
 from planner.zoo.multi_tower import with_towers
+
+
+def coded(place: Rank, plan: dict[str, Any], row_cap: int, codec: str, relative: float) -> dict[str, Any]:
+    """Outputs with a codec between peers less those without, and the bytes it sent."""
+    decided = Plan.from_dict(plan)
+    assert decided.decisions.towers is not None
+    torch.manual_seed(5)
+    flat = build("dlrm-small", device="cpu", row_cap=row_cap)
+    model = with_towers(flat.module, decided.decisions.towers)
+    alone = copy.deepcopy(model)
+    dense, ids, _ = model.random_batch(400, flat.workload, 1)
+    move = CodedMove(codec, relative, dim=16)
+    made = decided.apply(model, dist.group.WORLD, move=move)
+    start = 200 * place.rank
+    out = made(dense[start : start + 200], cut(ids, start, 200))
+    expected = alone(dense, ids)[start : start + 200]
+    error = float((out - expected).detach().abs().max())
+    out.mean().backward()
+    return {"error": error, "plain": move.plain_bytes, "sent": move.sent_bytes}
 
 
 def train(place: Rank, plan: dict[str, Any], row_cap: int) -> dict[str, Any]:
