@@ -24,6 +24,7 @@ class CollectiveRequest:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     dense_engine: Engine = "library"  # of the all-reduce of dense gradients
+    dense_algorithm: str = ""  # one of the engine's, such as "halving_doubling"; empty: the fastest
     bucket_bytes: Annotated[int, Field(ge=2**16)] | None = None  # None: the planner's to decide
 
 

@@ -59,6 +59,10 @@ class Collectives:
         return replace(program, timeline=timeline, decisions=replace(program.decisions, collectives=section))
 
 
+def _reduction(net: Communication, bucket: int, request: CollectiveRequest) -> DenseReduction:
+    return dense_reduction(net, bucket, request.dense_engine == "scheduled", request.dense_algorithm)
+
+
 def _remodel(program: Program, calibration: Calibration) -> Callable[[DenseReduction], Timeline]:
     """The step of ``program`` with other all-reduces; phases are read from its timeline."""
     assert program.timeline is not None
@@ -90,7 +94,7 @@ def _buckets(
     step = _remodel(program, calibration)
 
     def at(bucket: int) -> Timeline:
-        return step(dense_reduction(net, bucket, request.dense_engine == "scheduled"))
+        return step(_reduction(net, bucket, request))
 
     if request.bucket_bytes is not None:
         return at(request.bucket_bytes), request.bucket_bytes
@@ -113,14 +117,14 @@ def _choice(
     size: float,
     engine: Engine = "library",
     count: int = 1,
+    only: str = "",
 ) -> CollectiveChoice:
-    found = net.ranked(collective, size, engine == "scheduled")
-    others: list[tuple[Priced, Engine]] = [(priced, engine) for priced in found[1:]]
-    other: Engine = "library" if engine == "scheduled" else "scheduled"
-    others += [(p, other) for p in net.ranked(collective, size, other == "scheduled")]
+    found = net.ranked(collective, size, engine == "scheduled", only)
+    engines: tuple[Engine, ...] = ("library", "scheduled")
+    others = [(p, who) for who in engines for p in net.ranked(collective, size, who == "scheduled")]
     best = found[0]
     others = [(priced, who) for priced, who in others if priced.algorithm != best.algorithm]
-    up, who = min(others, key=lambda item: item[0].seconds, default=(None, other))
+    up, who = min(others, key=lambda item: item[0].seconds, default=(None, engine))
     hierarchy = tuple(level.fanout for level in net.setting.levels if level.fanout > 1)
     by_level = best.algorithm in _BY_LEVEL or best.algorithm in ("recursive_doubling", "halving_doubling")
     return CollectiveChoice(
@@ -136,15 +140,16 @@ def _choice(
         terms=best.terms.to_dict(),
         runner_up=f"{up.algorithm} ({who})" if up else "",
         runner_up_seconds=up.seconds if up else 0.0,
-        reason=_reason(best, up, engine, len(found)),
+        reason=_reason(best, up, only, len(found)),
     )
 
 
-def _reason(best: Priced, up: Priced | None, engine: Engine, offered: int) -> str:
+def _reason(best: Priced, up: Priced | None, asked: str, offered: int) -> str:
     terms = best.terms.to_dict()
     largest = max(terms, key=lambda name: terms[name], default="latency")
     text = f"{largest} is {terms.get(largest, 0.0) / max(best.seconds, 1e-30):.0%} of it"
     runs = "the only one that the library runs" if offered == 1 else f"fastest of {offered} of this engine"
+    runs = "asked for" if asked else runs
     if up is None:
         return f"{runs}; {text}"
     change = up.seconds / max(best.seconds, 1e-30) - 1
@@ -172,7 +177,8 @@ def _dense(
         return
     gradients = program.model.dense_params * nbytes(program.workload.compute_dtype)
     size = min(float(bucket), gradients)
-    yield _choice(net, "dense_all_reduce", "all_reduce", size, request.dense_engine, len(reduces))
+    engine, only = request.dense_engine, request.dense_algorithm
+    yield _choice(net, "dense_all_reduce", "all_reduce", size, engine, len(reduces), only)
 
 
 def _section(
@@ -187,7 +193,7 @@ def _section(
     step = _remodel(program, calibration)
     reduces = [event for event in timeline.events if event.name.startswith("all_reduce")]
     free = step(DenseReduction(bucket, lambda size: {"transfer": 0.0})).step
-    default = step(dense_reduction(net, DEFAULT_BUCKET, request.dense_engine == "scheduled")).step
+    default = step(_reduction(net, DEFAULT_BUCKET, request)).step
     kinds = dict.fromkeys(choice.collective for choice in choices)
     engines: tuple[Engine, ...] = ("library", "scheduled")
     return CollectivePlan(

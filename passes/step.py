@@ -55,8 +55,11 @@ def _reduction(program: Program, calibration: Calibration) -> DenseReduction | N
     if decided is None:
         return None
     net = communication(program.topology, calibration)
-    scheduled = asked is not None and asked.dense_engine == "scheduled"
-    return dense_reduction(net, decided.bucket_bytes, scheduled)
+    if asked is None:
+        return dense_reduction(net, decided.bucket_bytes, False)
+    return dense_reduction(
+        net, decided.bucket_bytes, asked.dense_engine == "scheduled", asked.dense_algorithm
+    )
 
 
 def _fetch_seconds(program: Program, calibration: Calibration) -> float:

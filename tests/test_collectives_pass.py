@@ -116,6 +116,18 @@ def test_default_and_asked_for_buckets() -> None:
     assert alone.decisions.collectives is None
 
 
+def test_the_device_design_can_be_asked_for() -> None:
+    """Rabenseifner's all-reduce by this project's messages (arXiv 1810.11112) in place of the library's."""
+    asked = compiled("h100-2x8", dense_engine="scheduled", dense_algorithm="halving_doubling")
+    section = asked.decisions.collectives
+    assert section is not None
+    dense = next(choice for choice in section.choices if choice.name == "dense_all_reduce")
+    assert (dense.algorithm, dense.engine, dense.levels) == ("halving_doubling", "scheduled", (8, 2))
+    assert list(check_collectives(asked)) == []
+    with pytest.raises(InputError, match="'halving_doubling' is not run by the library"):
+        compiled("h100-2x8", dense_algorithm="halving_doubling")
+
+
 def test_verification_finds_what_was_changed(plan: Plan) -> None:
     assert list(check_collectives(plan)) == []
     section = plan.decisions.collectives

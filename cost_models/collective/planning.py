@@ -14,6 +14,7 @@ from cost_models.collective.algorithms import Priced, Setting
 from cost_models.collective.library import FITTED, NCCL_ALGORITHMS, Library
 from cost_models.collective.terms import NetworkLevel, ranks_of, used
 from cost_models.step import DenseReduction
+from ir.errors import InputError
 from ir.schedules import Collective
 from ir.topology import Link, Topology
 
@@ -77,9 +78,29 @@ class Communication:
             left_out += ("direct",)
         return tuple(name for name in SCHEDULED[collective] if name not in left_out)
 
-    def ranked(self, collective: Collective, size: float, scheduled: bool = False) -> list[Priced]:
-        """The algorithms that can run ``size`` bytes, the fastest first."""
-        return self.library.ranked(collective, size, self.setting, self.candidates(collective, scheduled))
+    def ranked(
+        self, collective: Collective, size: float, scheduled: bool = False, only: str = ""
+    ) -> list[Priced]:
+        """The algorithms that can run ``size`` bytes (or ``only`` that one), the fastest first.
+
+        Raises:
+            InputError: ``only`` names an algorithm that this engine does not run on this network.
+        """
+        names = self.candidates(collective, scheduled)
+        if only:
+            known = SCHEDULED[collective] if scheduled else names
+            if only not in known:
+                raise InputError(
+                    f"{collective} by {only!r} is not run by {'schedules' if scheduled else 'the library'}; choose one "
+                    f"of {', '.join(known)}, or the other dense_engine"
+                )
+            names = (only,)
+        found = self.library.ranked(collective, size, self.setting, names)
+        if not found:
+            raise InputError(
+                f"{collective} by {only!r} needs what this network lacks; choose another algorithm"
+            )
+        return found
 
 
 def _hop(link: Link, gpu: bool) -> float:
@@ -115,10 +136,12 @@ def communication(topology: Topology, calibration: Calibration) -> Communication
     return Communication("gpu", library, Setting(tuple(levels)))
 
 
-def dense_reduction(net: Communication, bucket_bytes: float, scheduled: bool) -> DenseReduction:
-    """Dense gradients in buckets of that size, each summed by the fastest algorithm that can run."""
+def dense_reduction(
+    net: Communication, bucket_bytes: float, scheduled: bool, only: str = ""
+) -> DenseReduction:
+    """Dense gradients in buckets of that size, each summed by the fastest algorithm that can run, or by one."""
 
     def price(size: float) -> dict[str, float]:
-        return net.ranked("all_reduce", size, scheduled)[0].terms.to_dict()
+        return net.ranked("all_reduce", size, scheduled, only)[0].terms.to_dict()
 
     return DenseReduction(bucket_bytes, price)
