@@ -32,6 +32,9 @@ _PUBLIC = {
     "InfeasibleError": "ir.errors",
     "IRError": "ir.errors",
     "icdf_from_zipf": "ir.workload",
+    "sessions_from_batches": "ir.session_stats",
+    "replan": "planner.replanning",
+    "whatif": "planner.what_if",
     "verify": "planner.verification",
 }
 
@@ -41,11 +44,14 @@ if TYPE_CHECKING:
     from cost_models.calibration import Calibration
     from ir.constraints import Constraints, TableConstraint
     from ir.errors import InfeasibleError, InputError, IRError, PlannerError, TraceError
+    from ir.session_stats import sessions_from_batches
     from ir.topology import Topology
     from ir.workload import FeatureStats, Workload, icdf_from_zipf
     from planner.api import compile, topology
     from planner.plan import Plan
+    from planner.replanning import replan
     from planner.verification import verify
+    from planner.what_if import whatif
 
 
 def __getattr__(name: str) -> Any:

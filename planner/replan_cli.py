@@ -36,7 +36,7 @@ def replan(
     from planner.cli import reports_errors, show
     from planner.plan import Plan
     from planner.render import grid
-    from planner.replan import replan as plan_again
+    from planner.replanning import replan as plan_again
 
     @reports_errors
     def run(as_json: bool) -> None:

@@ -51,8 +51,8 @@ def _whatif(
     from planner.cli import show
     from planner.diff import diff_plans, render_diff
     from planner.plan import Plan
-    from planner.whatif import parse_settings, sensitivity
-    from planner.whatif import whatif as plan_again
+    from planner.what_if import parse_settings, sensitivity
+    from planner.what_if import whatif as plan_again
 
     before = Plan.load(plan)
     constants = load_calibration(calibration) if calibration else None

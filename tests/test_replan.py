@@ -20,7 +20,7 @@ from ir.ops import EmbeddingTable
 from ir.program import Model, Options, Program
 from passes.relabel import Relabel, assign
 from planner.cli import cli
-from planner.replan import received, replan
+from planner.replanning import received, replan
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import planner
 from ir.errors import InputError
 from planner.cli import cli
-from planner.whatif import Inputs, change, parse_settings, sensitivity, whatif
+from planner.what_if import Inputs, change, parse_settings, sensitivity, whatif
 
 
 @pytest.fixture(scope="module")

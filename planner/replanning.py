@@ -79,7 +79,7 @@ def replan(
         InfeasibleError: no plan under the limits.
     """
     from planner.api import topology as machine_of
-    from planner.whatif import model_of
+    from planner.what_if import model_of
 
     bad = [rank for rank in lost if not 0 <= rank < plan.world_size]
     if bad:
