@@ -124,7 +124,7 @@ def _features_read(
     return tuple(names), list(readers)
 
 
-def _replace(graph: torch.fx.GraphModule, lookup: torch.fx.Node, movable: Sequence[Movable]) -> None:
+def replace_lookup(graph: torch.fx.GraphModule, lookup: torch.fx.Node, movable: Sequence[Movable]) -> None:
     """Put the tower lookup in the place of the flat one, and its outputs in that of the moved modules."""
     with graph.graph.inserting_before(lookup):
         new = graph.graph.call_module(LOOKUP, lookup.args)
@@ -256,7 +256,7 @@ def tower_model(
         device=where,
     )
     graph.add_submodule(LOOKUP, lookup)
-    _replace(graph, node, movable)
+    replace_lookup(graph, node, movable)
     graph.to(where)
     dense = (dense_optimizer or dense_counterpart(name), dense_lr or lr)
     tables = [] if kernel == "fused" else [p for p in lookup.lookup.parameters() if p.requires_grad]

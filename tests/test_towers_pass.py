@@ -19,6 +19,7 @@ import planner
 from codegen.runtime.launch import launch
 from codegen.runtime.towers.modules import tower_module
 from codegen.tower_script import emit_towers
+from codegen.towers_torchrec import unfit
 from cost_models.towers import module_work
 from ir.capture import capture
 from ir.errors import InputError
@@ -280,6 +281,45 @@ def test_applied_plan_trains_the_multi_tower_model(small_plan: planner.Plan) -> 
         assert answer["moved"] == [0, 1]
         assert answer["outputs"] < 1e-6
         assert answer["first"] > answer["last"]
+
+
+def test_torchrec_towers_train_the_same_model(small_plan: planner.Plan) -> None:
+    """Three SGD steps on 2 x 2 ranks: whole tables, a row split and a column split inside a host."""
+    section = small_plan.decisions.towers
+    assert section is not None
+    towers = tuple(replace(t, first_rank=2 * n, ranks=2) for n, t in enumerate(section.towers))
+    made = []
+    for index, table in enumerate(small_plan.table_plans):
+        whole = _capped(table, 300)
+        first = 2 * section.tower_of(table.name)
+        shard = replace(whole.shards[0], rank=first + index % 2)
+        kind, shards = "table_wise", (shard,)
+        if index % 3 == 1 and whole.rows > 2:
+            half = -(-whole.rows // 2)
+            kind = "table_row_wise"
+            shards = (replace(shard, rank=first, rows=half),)
+            shards += (replace(shard, rank=first + 1, row=half, rows=whole.rows - half),)
+        elif index % 3 == 2:
+            kind = "table_column_wise"
+            shards = (replace(shard, rank=first, cols=8), replace(shard, rank=first + 1, col=8, cols=8))
+        made.append(replace(whole, sharding_type=kind, shards=shards))
+    plan = replace(
+        small_plan,
+        topology=machine(2, 2, 1e9),
+        table_plans=tuple(made),
+        decisions=replace(small_plan.decisions, towers=replace(section, towers=towers)),
+    )
+    answers = launch(
+        f"{RANKS}:torchrec", 4, {"plan": plan.to_dict(), "row_cap": 300}, host_size=2, timeout=120
+    )
+    for answer in answers:
+        assert max(answer["errors"]) < 1e-5
+        assert answer["moved"] > 1e-3
+    assert "need a module" in unfit(
+        replace(plan, decisions=replace(plan.decisions, towers=replace(section, module="none")))
+    )
+    alone = replace(plan, topology=machine(1, 4, 1e9))
+    assert "one host each" in unfit(alone)
 
 
 def _capped(table: Any, rows: int) -> Any:

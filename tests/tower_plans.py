@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from codegen.runtime.batches import cut
 from codegen.runtime.launch import Rank
 from codegen.runtime.towers.coded import CodedMove
+from codegen.towers_torchrec import torchrec_towers
 from planner import Plan
 from planner.zoo import build
 from planner.zoo.multi_tower import with_towers
@@ -62,3 +63,32 @@ def train(place: Rank, plan: dict[str, Any], row_cap: int) -> dict[str, Any]:
         dist.all_reduce(total)
         losses.append(float(total))
     return {"outputs": first, "first": losses[0], "last": losses[-1], "moved": list(made.moved)}
+
+
+def torchrec(place: Rank, plan: dict[str, Any], row_cap: int) -> dict[str, Any]:
+    """TorchRec's towers: outputs before and after a step less those of the whole model, SGD everywhere."""
+    decided = Plan.from_dict(plan)
+    assert decided.decisions.towers is not None
+    torch.manual_seed(5)
+    flat = build("dlrm-small", device="cpu", row_cap=row_cap)
+    model = with_towers(flat.module, decided.decisions.towers)
+    alone = copy.deepcopy(model)
+    dense, ids, labels = model.random_batch(40, flat.workload, 1)
+    made = torchrec_towers(decided, model, optimizer="sgd", lr=0.5)
+    each = 40 // place.world_size
+    start = each * place.rank
+    mine = (dense[start : start + each], cut(ids, start, each))
+    errors = []
+    for _ in range(3):
+        whole, out = alone(dense, ids), made(*mine)
+        errors.append(float((out - whole[start : start + each]).detach().abs().max()))
+        alone.zero_grad()
+        F.binary_cross_entropy_with_logits(whole, labels).backward()
+        made.zero_grad()
+        F.binary_cross_entropy_with_logits(out, labels[start : start + each]).backward()
+        made.step()
+        with torch.no_grad():
+            for parameter in alone.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.5 * parameter.grad
+    return {"errors": errors, "moved": float((alone(dense, ids) - whole).detach().abs().max())}
