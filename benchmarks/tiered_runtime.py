@@ -31,11 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._report import Report
 from codegen.runtime.tiered.bag import TieredEmbeddingBag
-from codegen.runtime.tiered.measure import Batches, Sample, calibration_runs, device_points, run
+from codegen.runtime.tiered.measure import (
+    Batches,
+    DevicePoint,
+    Sample,
+    calibration_runs,
+    device_points,
+    run,
+)
 from codegen.runtime.tiered.pages import records_per_page
 from codegen.runtime.tiered.table import Policy, Range
 from cost_models.cache import lru_hit_rate_of_trace, reuse_histogram
-from cost_models.tiered_runtime import BatchTraffic, FileRange, expected_traffic, fit
+from cost_models.tiered_runtime import BatchTraffic, FileRange, RuntimeRates, expected_traffic, fit
 from examples import _movielens
 from ir.workload import Optimizer
 
@@ -201,41 +208,44 @@ def measure(case: Case, folder: Path) -> Sample:
 
 @dataclass
 class Outcome:
-    """Runs of one case, each with the prediction that goes with it."""
+    """Runs of one case, and seconds of its layers alone."""
 
     samples: list[Sample]
-    predicted: list[float]  # seconds of a step
+    layers: list[float]
 
     @property
-    def step_error(self) -> float:
-        ratios = [p / s.step for p, s in zip(self.predicted, self.samples, strict=True)]
-        return abs(statistics.median(ratios) - 1)
+    def step(self) -> float:
+        return statistics.median(sample.step for sample in self.samples)
 
 
-def run_cases(cases: Sequence[Case], folder: Path, rounds: int) -> list[Outcome]:
-    """Every case in every round. The device is measured before and after each case, for others use it too;
-    a prediction takes the mean of both. The work around the device is calibrated once, before all."""
+def run_cases(cases: Sequence[Case], folder: Path, rounds: int) -> tuple[RuntimeRates, list[Outcome]]:
+    """Constants, and every case in every round.
+
+    Others use the device and the processor too, so both are measured again before each case; the constants are
+    the medians of all of these.
+    """
     work = calibration_runs(folder, OPTIMIZER)
-    dense = [dense_seconds(case) for case in cases]
+    device: dict[tuple[bool, int, int], list[float]] = {}
     outcomes = [Outcome([], []) for _ in cases]
     for _ in range(rounds):
-        now = fit(device_points(folder), work)
-        for case, layers, outcome in zip(cases, dense, outcomes, strict=True):
-            before = now
+        for case, outcome in zip(cases, outcomes, strict=True):
+            for point in device_points(folder):
+                device.setdefault((point.write, point.page_bytes, point.pages), []).append(point.seconds)
+            outcome.layers.append(dense_seconds(case))
             outcome.samples.append(measure(case, folder))
-            now = fit(device_points(folder), work)
-            steps = [rates.step(case.traffic(), case.dim, case.depth, layers) for rates in (before, now)]
-            outcome.predicted.append(statistics.mean(steps))
-    return outcomes
+    points = [DevicePoint(*key, statistics.median(seconds)) for key, seconds in device.items()]
+    return fit(points, work), outcomes
 
 
-def judge(report: Report, cases: Sequence[Case], outcomes: Sequence[Outcome]) -> None:
+def judge(report: Report, cases: Sequence[Case], rates: RuntimeRates, outcomes: Sequence[Outcome]) -> None:
     """Rows of prediction and measurement, and one claim on each for the Zipf stream and for MovieLens."""
     errors: dict[str, list[tuple[float, float]]] = {"zipf": [], "movielens": []}
     for case, outcome in zip(cases, outcomes, strict=True):
         traffic, sample = case.traffic(), outcome.samples[0]  # counts are the same in every run
         points = 100 * abs(traffic.hit_rate - sample.hit_rate)
-        errors[case.name.split()[0].lower()].append((points, outcome.step_error))
+        predicted = rates.step(traffic, case.dim, case.depth, statistics.median(outcome.layers))
+        error = abs(predicted / outcome.step - 1)
+        errors[case.name.split()[0].lower()].append((points, error))
         report.row(
             case=case.name,
             hit_predicted=traffic.hit_rate,
@@ -243,9 +253,10 @@ def judge(report: Report, cases: Sequence[Case], outcomes: Sequence[Outcome]) ->
             points=points,
             reads_predicted=traffic.pages_read,
             reads_measured=sample.pages_read,
-            ms_predicted=1e3 * statistics.median(outcome.predicted),
-            ms_measured=1e3 * statistics.median(s.step for s in outcome.samples),
-            error=outcome.step_error,
+            ms_predicted=1e3 * predicted,
+            ms_measured=1e3 * outcome.step,
+            ms_all=" ".join(f"{1e3 * sample.step:.3g}" for sample in outcome.samples),
+            error=error,
         )
     for stream, found in errors.items():
         steps = [step for _, step in found]
@@ -296,7 +307,7 @@ def main() -> int:
     timed, rounds = (40, 1) if options.quick else (80, options.rounds or 3)
     cases = [*zipf_cases(timed), *movielens_cases(timed)]
     chosen = [cases[i] for i in (0, 4, 7, 9)] if options.quick else cases
-    judge(report, chosen, run_cases(chosen, options.folder, rounds))
+    judge(report, chosen, *run_cases(chosen, options.folder, rounds))
     in_order_of_time(report, options.folder)
     return report.finish(options.json)
 

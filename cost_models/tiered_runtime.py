@@ -183,6 +183,8 @@ class Run(Protocol):
     @property
     def depth(self) -> int: ...
     @property
+    def dense(self) -> bool: ...
+    @property
     def ids(self) -> float: ...
     @property
     def distinct(self) -> float: ...
@@ -272,7 +274,7 @@ def fit(device: Sequence[Point], runs: Sequence[Run]) -> RuntimeRates:
     Raises:
         InputError: too few points or runs.
     """
-    alone = [r for r in runs if not r.depth]
+    alone = [r for r in runs if not r.depth and not r.dense]
     quiet = [r for r in alone if r.kind != "block"]
     if len(quiet) < 6 or not device:
         raise InputError(f"{len(quiet)} calibration runs are too few; measure every kind at several sizes")

@@ -92,6 +92,7 @@ class Run:
     kind: str
     dim: int
     depth: int
+    dense: bool
     ids: float
     distinct: float
     fetched: float
@@ -123,10 +124,10 @@ def machine() -> tuple[list[Point], list[Run]]:
                 fetched = 0.0 if kind == "ram" else 0.7 * ids
                 main = 3e-4 + 2e-7 * ids + (1e-7 + 2e-9 * dim) * distinct + 5e-4 * (kind == "block")
                 fetch = 1e-4 + 1e-7 * ids + (3e-7 + 1e-9 * dim) * fetched
-                for depth in (0, 2) if kind == "block" else (0,):
-                    runs.append(
-                        Run(kind, dim, depth, ids, distinct, fetched, main, fetch * (1 + 0.15 * depth))
-                    )
+                runs.append(Run(kind, dim, 0, False, ids, distinct, fetched, main, fetch))
+                if kind == "block":  # pairs with layers behind the bag, without and with prefetch
+                    runs.append(Run(kind, dim, 0, True, ids, distinct, fetched, main + 0.01, fetch))
+                    runs.append(Run(kind, dim, 2, True, ids, distinct, fetched, main + 0.02, 1.3 * fetch))
     return points, runs
 
 

@@ -49,12 +49,14 @@ class Sample:
         fetch: the worker's seconds.
         step: seconds from batch to batch.
         dim: columns; ``page_bytes`` of the files.
+        dense: layers followed the bag, and their time is part of ``main``.
     """
 
     kind: str
     dim: int
     page_bytes: int
     depth: int
+    dense: bool
     ids: float
     distinct: float
     fetched: float
@@ -110,6 +112,7 @@ def run(
         dim=bag.table.shape.dim,
         page_bytes=last.page_bytes,
         depth=depth,
+        dense=dense is not None,
         main=_mean(step - waited),
         fetch=_mean(fetched),
         step=_mean(step),
@@ -202,8 +205,11 @@ def _runs(where: Path, dim: int, kind: Kind, optimizer: Optimizer) -> Iterator[S
     for bags, length in SIZES:
         yield run(bag, _uniform(bags, length), WARM)
     if kind == "block":
+        layers = nn.Sequential(
+            nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 512)
+        )  # something to fetch beside
         for size in BESIDE:
             for depth in (0, 2):
-                yield run(bag, _uniform(*size), WARM, depth)
+                yield run(bag, _uniform(*size), WARM, depth, dense=layers)
     bag.close()
     shutil.rmtree(folder)
