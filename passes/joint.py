@@ -240,8 +240,12 @@ def best_traffic(
     *,
     step: float | None = None,
     request: FormatRequest | None = None,
+    enough: bool = False,
 ) -> tuple[JointProblem, Joint, float]:
-    """The best of all formats of embedding traffic: problem, solution, and the bound over all of them."""
+    """The best of all formats of embedding traffic: problem, solution, and the bound over all of them.
+
+    With ``enough`` any plan that keeps ``step`` will do: the search stops there.
+    """
     stated, refused = relax_all(program, calibration, step=step, request=request)
     if not stated:
         assert refused is not None
@@ -257,16 +261,27 @@ def best_traffic(
                 relaxed,
                 time_limit=program.options.time_limit,
                 seed=program.options.seed,
+                stop_gap=_slack(problem, relaxed) if enough else 0.0,
             )
         except InfeasibleError as error:
             refused = error
             continue
         if best is None or joint.step < best[1].step:
             best = problem, joint
+        if enough and step is not None and best[1].step <= step:
+            break
     if best is None:
         assert refused is not None
         raise refused
     return (*best, min(best[1].step, stated[0][1].bound))
+
+
+def _slack(problem: JointProblem, relaxed: Relaxation) -> float:
+    """Gap above the bound at which the phases just keep the step that was allowed."""
+    frame = problem.frame
+    if frame.step is None or relaxed.bound <= frame.base:
+        return 0.0
+    return max(0.0, (frame.step - frame.base) / (relaxed.bound - frame.base) - 1.0)
 
 
 def relax_all(

@@ -22,6 +22,7 @@ from passes.joint import JointProblem, best_traffic, relax_all
 from passes.sharding_prices import memory_limit
 
 GROW = 1.15  # step of the upward search once the next few numbers of hosts were not kept
+TRIAL_WORK = 5.0  # limit on solver work for one number of hosts, about seconds
 NEXT = 3  # numbers of hosts tried one by one
 
 
@@ -132,8 +133,11 @@ def _kept(
     trial = with_hosts(program, hosts)
     limit = step_limit(trial)
     assert limit is not None
+    quick = replace(
+        trial, options=replace(trial.options, time_limit=min(TRIAL_WORK, trial.options.time_limit))
+    )
     try:
-        problem, joint, bound = best_traffic(trial, calibration, step=limit)
+        problem, joint, bound = best_traffic(quick, calibration, step=limit, enough=True)
     except InfeasibleError as error:
         trials[hosts] = HostTrial(hosts, "not found", None, str(error))
         return None

@@ -1,4 +1,4 @@
-"""Small problems by CP-SAT, from a known solution: options, places and every limit in one model.
+"""Small problems by CP-SAT, from a known solution or none: options, places and every limit in one model.
 
 For at most ``CELLS`` (option, place) pairs; the search is deterministic (one worker, a limit on deterministic
 time). Loads are rounded to ``UNITS`` parts of the known objective, resources and shares up to as many parts of
@@ -21,11 +21,14 @@ WORK = 20.0  # deterministic seconds
 
 
 def improve(compiled: Compiled, best: Incumbent, time_limit: float, seed: int) -> Incumbent | None:
-    """A better solution than ``best``, or None when there is none, none was found, or the problem is too large."""
+    """A better solution than ``best`` (any, if that has no placement), or None.
+
+    None when there is none, when none was found, or when the problem is too large.
+    """
     problem = compiled.problem
     plain = all(choice.plain for options in compiled.choices for choice in options)
     cells = sum(len(c.groups) * problem.ranks for options in compiled.choices for c in options)
-    if not plain or cells > CELLS or not best.placement or best.value <= 0:
+    if not plain or cells > CELLS or best.value <= 0:
         return None
     model = _Model(compiled, best)
     solver = cp_model.CpSolver()
@@ -37,6 +40,14 @@ def improve(compiled: Compiled, best: Incumbent, time_limit: float, seed: int) -
     return model.read(solver)
 
 
+def _worst(compiled: Compiled) -> float:
+    loads = [
+        max(c.fixed + sum(g.load * g.copies for g in c.groups) for c in options)
+        for options in compiled.choices
+    ]
+    return max(sum(loads), 1e-300)
+
+
 class _Model:
     def __init__(self, compiled: Compiled, best: Incumbent) -> None:
         self.compiled, self.model = compiled, cp_model.CpModel()
@@ -44,7 +55,9 @@ class _Model:
         model, ranks = self.model, range(problem.ranks)
         self.take: list[list[cp_model.IntVar]] = []
         self.place: dict[tuple[int, int, int], list[cp_model.IntVar]] = {}
-        scale = UNITS / best.value
+        # without a known solution, one that puts the worst option of every table on one rank
+        reference = best.value if best.placement else float(_worst(compiled))
+        scale = UNITS / reference
         phases, limits = len(problem.phases), len(problem.limits)
         load: list[list[list[tuple[int, cp_model.IntVar]]]] = [[[] for _ in range(phases)] for _ in ranks]
         used: list[list[list[tuple[int, cp_model.IntVar]]]] = [[[] for _ in range(limits + 1)] for _ in ranks]
@@ -64,7 +77,7 @@ class _Model:
                     for e, amount in enumerate(self._parts(everywhere)):
                         used[r][e].append((amount, take[j]))
                 for g, group in enumerate(choice.groups):
-                    hint = best.placement[t] if best.choice[t] == j else []
+                    hint = best.placement[t] if best.placement and best.choice[t] == j else []
                     self._group(t, j, g, group, take[j], hint, load, used, scale)
         longest = [model.new_int_var(0, 4 * UNITS, "") for _ in range(phases)]
         for r in ranks:

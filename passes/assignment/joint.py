@@ -35,7 +35,7 @@ EXACT = 1e-5  # gap above which small problems go on with CP-SAT
 BUSY = 0.9  # of the step: with no resource busier than that, a longer step gains nothing
 
 Pricer = Callable[[Duals], list[tuple[int, Option]]]
-"""Options of classes whose reduced cost may be negative at these prices."""
+"""For each class whose menu is not complete, at least the option of least reduced cost at these prices."""
 
 
 @dataclass(slots=True)
@@ -92,8 +92,9 @@ def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> R
     master = Master([len(menu.tables) for menu in menus], len(frame.phases), limits)
     index: list[tuple[int, int]] = []
     for c, menu in enumerate(menus):
-        for o, option in enumerate(menu.options):
-            master.add(column(option, c, frame))
+        fitting = [o for o, option in enumerate(menu.options) if _fits_alone(option, frame)]
+        for o in fitting or range(len(menu.options)):
+            master.add(column(menu.options[o], c, frame))
             index.append((c, o))
     value = master.solve()
     bound = -math.inf
@@ -146,6 +147,13 @@ def _limits(frame: Frame, menus: Sequence[Menu]) -> Limits:
     )
 
 
+def _fits_alone(option: Option, frame: Frame) -> bool:
+    """Whether a rank has memory for the option's largest piece beside what it puts on every rank."""
+    everywhere = sum(p.memory * p.count for p in option.pieces if p.scope == "all")
+    largest = max((p.memory for p in option.pieces if p.scope != "all"), default=0.0)
+    return everywhere + largest <= frame.capacity
+
+
 def column(option: Option, owner: int, frame: Frame) -> Column:
     """An option as a column of the master program."""
     ranks = frame.hosts * frame.host_size
@@ -165,7 +173,7 @@ def solve_joint(
     stop_gap: float = 0.0,
 ) -> Joint:
     """Choose and place under every limit; raises InfeasibleError when no placement is found."""
-    if not frame.limits and not frame.budgets:
+    if not frame.limits and not frame.budgets and stop_gap == 0.0:
         return _plain(frame, menus, relaxed, time_limit, seed, stop_gap)
     kept = _kept(menus, relaxed)
     best: Joint | None = None
@@ -188,9 +196,14 @@ def solve_joint(
             conflict=("capacity", "tables"),
             relaxation="more capacity or bandwidth in some tier",
         )
-    if not best.solution.extra.any():
+    if not best.solution.extra.any() and best.step > _enough(frame, relaxed, stop_gap):
         best = _resharded(frame, menus, best, time_limit, seed, stop_gap)
     return replace(best, trials=trials)
+
+
+def _enough(frame: Frame, relaxed: Relaxation, stop_gap: float) -> float:
+    """The step at which the search may stop, seconds."""
+    return (frame.base + (relaxed.bound - frame.base) * (1 + stop_gap)) * (1 + 1e-12)
 
 
 def _busy(frame: Frame, joint: Joint) -> bool:
@@ -323,15 +336,14 @@ def _attempt(
         duals.memory * compiled.mean_memory + compiled.mean_extra @ duals.extra + compiled.cost @ duals.cost
     )
     Polisher(compiled, bound, work, seed, prices).run(best, stop_gap)
+    if tight == TIGHTER[0] and best.value > bound * (1 + max(stop_gap, EXACT)):
+        better = improve(compiled, best, time_limit, seed)
+        if better is not None:
+            found = _finish(problem, better, bound, work.work)
+            if found.objective < best.value:
+                best = replace(better, value=found.objective)
     if not best.placement:
         return None
-    better = (
-        improve(compiled, best, time_limit, seed) if best.value > bound * (1 + max(stop_gap, EXACT)) else None
-    )
-    if better is not None:
-        found = _finish(problem, better, bound, work.work)
-        if found.objective < best.value:
-            best = replace(better, value=found.objective)
     solution = _finish(problem, best, bound, work.work)
     busy = [float(solution.extra[:, e].max()) for e, stretched in enumerate(frame.stretched) if stretched]
     return Joint(problem, solution, max([frame.base + solution.objective, *busy]), relaxed)

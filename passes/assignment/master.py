@@ -121,9 +121,12 @@ class Master:
     def add(self, column: Column) -> int:
         """Add a column; its index."""
         limits = self.limits
-        most = float(self.sizes[column.owner])
-        make = self.solver.IntVar if self.whole else self.solver.NumVar
-        x = make(0.0, most, "")
+        # no upper bound in the linear program: it would take a part of the class's dual
+        x = (
+            self.solver.IntVar(0.0, float(self.sizes[column.owner]), "")
+            if self.whole
+            else self.solver.NumVar(0.0, self.solver.infinity(), "")
+        )
         self.one[column.owner].SetCoefficient(x, 1.0)
         for p, row in enumerate(self.average):
             row.SetCoefficient(x, -float(column.share[p]) / limits.scale)
