@@ -232,3 +232,21 @@ def test_ddp_gets_the_bucket(plan: Plan) -> None:
     assert section is not None
     assert data_parallel(plan)._bucket_cap_mb * 2**20 == section.bucket_bytes
     assert data_parallel(replace(plan, decisions=replace(plan.decisions, collectives=None))) is None
+
+
+def test_emitted_script_sets_the_bucket_and_advises(tmp_path: Path) -> None:
+    from codegen.script import emit_torchrec
+    from tests.test_script import MODEL as TOWER
+    from tests.test_script import seven_types
+
+    model = tmp_path / "tower.py"
+    model.write_text(TOWER)
+    plan = with_dense(seven_types(), "ring")
+    assert plan.decisions.collectives is not None
+    told = replace(plan.decisions.collectives, environment={"NCCL_ALGO": "allreduce:ring"})
+    told_plan = replace(plan, decisions=replace(plan.decisions, collectives=told))
+    text = emit_torchrec(told_plan, f"{model}:build")
+    compile(text, "train.py", "exec")
+    assert "data_parallel_wrapper=DefaultDataParallelWrapper(bucket_cap_mb=0.0625)" in text
+    assert '# os.environ.setdefault("NCCL_ALGO", "allreduce:ring")' in text
+    assert "DefaultDataParallelWrapper" not in emit_torchrec(seven_types(), f"{model}:build")
