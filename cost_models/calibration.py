@@ -37,6 +37,16 @@ class Calibration:
         network_efficiency: the same for the network between hosts.
         collective_seconds: seconds a collective takes at least, without the latency of its links.
         bucket_bytes: gradient bytes gathered before one dense all-reduce starts.
+        ids_ahead: the ids of the next batch travel during this step, as in TorchRec's sparse-dist pipeline.
+        core_sharing: how much longer a rank computes while all ranks of its host do than alone; more than 1
+            where ranks share cores. All other constants are of ranks that compute together.
+        card_sharing: the same for what a rank sends to other hosts; more than 1 where ranks share a card.
+        all_reduce_factor: seconds of the library's all-reduce over those of a ring on the same links.
+        reduce_scatter_factor: the same for its reduce-scatter.
+        all_gather_factor: the same for its all-gather.
+        step_seconds: seconds a step costs the host beyond its kernels and collectives (Python, autograd, streams).
+        table_seconds: the same for each table of a rank's lookups.
+        group_seconds: the same for each further sharding type, which has its own kernels, exchanges and layout.
         source: where the constants come from, for the assumptions of a plan.
     """
 
@@ -54,6 +64,16 @@ class Calibration:
     collective_seconds: float
     bucket_bytes: int
     source: str
+    # Neutral where the host keeps ahead of the device, as on GPUs; planner calibrate measures them on CPUs.
+    ids_ahead: bool = True
+    core_sharing: float = 1.0
+    card_sharing: float = 1.0
+    all_reduce_factor: float = 1.0
+    reduce_scatter_factor: float = 1.0
+    all_gather_factor: float = 1.0
+    step_seconds: float = 0.0
+    table_seconds: float = 0.0
+    group_seconds: float = 0.0
 
     def link_bandwidth(self, link: Link) -> float:
         """Bytes/s that one device gets through ``link``."""

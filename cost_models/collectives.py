@@ -34,6 +34,9 @@ class Network:
         intra: bytes/s one rank reaches inside its host, one direction.
         inter: bytes/s one rank reaches to other hosts, one direction.
         latency: seconds one collective takes at least.
+        reduce_scatter_factor: seconds of the library's reduce-scatter over those of the ring.
+        all_gather_factor: the same for its all-gather.
+        all_reduce_factor: the same for its all-reduce.
     """
 
     host_size: int
@@ -41,6 +44,9 @@ class Network:
     intra: float
     inter: float
     latency: float
+    reduce_scatter_factor: float = 1.0
+    all_gather_factor: float = 1.0
+    all_reduce_factor: float = 1.0
 
     @property
     def ranks(self) -> int:
@@ -71,6 +77,9 @@ def network(topology: Topology, calibration: Calibration) -> Network:
         intra=calibration.link_bandwidth(inner),
         inter=calibration.link_bandwidth(outer),
         latency=latency,
+        reduce_scatter_factor=calibration.reduce_scatter_factor,
+        all_gather_factor=calibration.all_gather_factor,
+        all_reduce_factor=calibration.all_reduce_factor,
     )
 
 
@@ -93,23 +102,33 @@ def all_to_all_rail(size: float, net: Network) -> float:
 
 def reduce_scatter(size: float, net: Network) -> float:
     """Seconds to sum ``size`` bytes a rank and leave 1/n of the sum on each."""
-    return (net.ranks - 1) / net.ranks * size / net.ring
+    return net.reduce_scatter_factor * _ring_pass(size, net)
 
 
 def all_gather(size: float, net: Network) -> float:
     """Seconds to give every rank all of ``size`` bytes, of which each holds 1/n."""
-    return reduce_scatter(size, net)
+    return net.all_gather_factor * _ring_pass(size, net)
+
+
+def _ring_pass(size: float, net: Network) -> float:
+    return (net.ranks - 1) / net.ranks * size / net.ring
 
 
 def all_reduce(size: float, net: Network) -> float:
     """Seconds to leave the sum of ``size`` bytes a rank on every rank."""
-    return reduce_scatter(size, net) + all_gather(size, net)
+    return net.all_reduce_factor * 2 * _ring_pass(size, net)
 
 
 def host_reduce_scatter(size: float, net: Network) -> float:
-    """Seconds of a reduce-scatter (or, the other way, an all-gather) among the ranks of each host."""
+    """Seconds of a reduce-scatter among the ranks of each host."""
     g = net.host_size
-    return (g - 1) / g * size / net.intra
+    return net.reduce_scatter_factor * (g - 1) / g * size / net.intra
+
+
+def host_all_gather(size: float, net: Network) -> float:
+    """Seconds of an all-gather of ``size`` bytes among the ranks of each host."""
+    g = net.host_size
+    return net.all_gather_factor * (g - 1) / g * size / net.intra
 
 
 def cross_host_all_to_all(size: float, net: Network) -> float:

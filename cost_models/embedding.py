@@ -40,9 +40,11 @@ from dataclasses import dataclass
 from cost_models.calibration import Calibration
 from cost_models.collectives import (
     Network,
+    all_gather,
     all_reduce,
     all_to_all,
     cross_host_all_to_all,
+    host_all_gather,
     host_reduce_scatter,
     network,
     reduce_scatter,
@@ -171,12 +173,21 @@ def _backward_seconds(
 
 
 def _exchange_seconds(option: ShardingOption, size: float, net: Network) -> float:
-    """Seconds a holder needs to hand on (or to be handed, backwards) ``size`` bytes of outputs."""
+    """Seconds a holder needs to hand on ``size`` bytes of outputs."""
     if option.scope == "rank":
         return all_to_all(size, net)
     if option.scope == "host":
         return host_reduce_scatter(size, net) + cross_host_all_to_all(size / net.host_size, net)
     return reduce_scatter(size, net)
+
+
+def _return_seconds(option: ShardingOption, size: float, net: Network) -> float:
+    """Seconds a holder needs to be handed the gradients of ``size`` bytes of outputs: the same way back."""
+    if option.scope == "rank":
+        return all_to_all(size, net)
+    if option.scope == "host":
+        return host_all_gather(size, net) + cross_host_all_to_all(size / net.host_size, net)
+    return all_gather(size, net)
 
 
 def unit_seconds(
@@ -212,7 +223,7 @@ def unit_seconds(
         seconds["gradient_dist"] = (
             all_reduce(rows * width * nbytes(workload.compute_dtype), net)
             if copied
-            else seconds["output_dist"]
+            else _return_seconds(option, size, net)
         )
     return seconds
 

@@ -10,7 +10,8 @@ ids of the next batch during this one, as TorchRec's sparse-dist pipeline does):
 
 Bottom ops depend on no lookup, top ops do. The network stream is one physical fabric, so its
 collectives queue. Dense gradients travel in the compute type. In inference the ids of this batch come
-first and nothing follows the top forward pass.
+first and nothing follows the top forward pass; so they do in training where the calibration says that they do
+not travel ahead.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def step_timeline(
     formats: FormatPlan | None = None,
     fetch_seconds: float = 0.0,
     reduction: DenseReduction | None = None,
+    host_seconds: float = 0.0,
 ) -> Timeline:
     """The modelled step.
 
@@ -103,6 +105,7 @@ def step_timeline(
         formats: number formats of GEMM operands and of cached keys and values.
         fetch_seconds: of rows that the busiest memory tier hands over for a later step, beside this one.
         reduction: of dense gradients; default :func:`ring_reduction`.
+        host_seconds: of the framework's own work, which on a CPU runs in line with the kernels.
     """
     reduction = reduction or ring_reduction(topology, calibration)
     forward = dense_seconds(model, topology, workload, calibration)
@@ -115,7 +118,10 @@ def step_timeline(
     above = {op.name: forward[op.name] for op in top if forward[op.name] > 0}
     ops: list[TimedOp] = [TimedOp("fetch_rows_next", "host", fetch_seconds)] if fetch_seconds > 0 else []
     lookup_after: tuple[str, ...] = ()
-    if mode == "inference":
+    ahead = mode == "train" and calibration.ids_ahead
+    if host_seconds > 0:
+        ops.append(TimedOp("framework", "compute", host_seconds))
+    if not ahead:
         ops.append(TimedOp("input_dist", "network", phase_seconds["input_dist"]))
         lookup_after = ("input_dist",)
     ops += [
@@ -124,9 +130,10 @@ def step_timeline(
         TimedOp("output_dist", "network", phase_seconds["output_dist"], ("lookup_forward",)),
         TimedOp("top_forward", "compute", sum(above.values()), ("output_dist",), above),
     ]
-    if mode == "train":
+    if ahead:
         # the next batch's ids: the slot between the two output exchanges is the free one
         ops.append(TimedOp("input_dist_next", "network", phase_seconds["input_dist"]))
+    if mode == "train":
         ops += _backward(bottom, top, forward, phase_seconds, topology, workload, calibration, reduction)
     return schedule(ops)
 

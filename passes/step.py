@@ -9,6 +9,7 @@ from cost_models.calibration import Calibration, default_calibration
 from cost_models.collective.planning import communication, dense_reduction
 from cost_models.embedding import phase_overheads
 from cost_models.placed import rank_seconds, rank_tiers
+from cost_models.shared import framework_seconds, phase_seconds
 from cost_models.step import DenseReduction, step_timeline
 from ir.plan import Assumption
 from ir.program import Program
@@ -29,7 +30,7 @@ class StepTimeline:
         topology, workload, mode = program.topology, program.workload, program.options.mode
         calibration = self.calibration or default_calibration(topology)
         slowest = {
-            phase: float(seconds.max())
+            phase: phase_seconds(phase, seconds, topology.host_size, calibration)
             for phase, seconds in rank_seconds(program.tables, topology, workload, calibration, mode).items()
         }
         overheads = phase_overheads(topology, workload, calibration, mode)
@@ -45,6 +46,9 @@ class StepTimeline:
             program.decisions.formats,
             _fetch_seconds(program, calibration),
             _reduction(program, calibration),
+            framework_seconds(
+                len(program.tables), len({table.sharding_type for table in program.tables}), calibration
+            ),
         )
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
 
@@ -81,7 +85,7 @@ def assumptions(program: Program, calibration: Calibration) -> tuple[Assumption,
     listed = [
         Assumption(name.name, f"{getattr(calibration, name.name):g}", calibration.source)
         for name in fields(calibration)
-        if name.name != "source"
+        if name.name != "source" and getattr(calibration, name.name) != name.default
     ]
     for level in topology.levels:
         link = level.link
