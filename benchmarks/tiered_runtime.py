@@ -221,13 +221,14 @@ class Outcome:
 def run_cases(cases: Sequence[Case], folder: Path, rounds: int) -> tuple[RuntimeRates, list[Outcome]]:
     """Constants, and every case in every round.
 
-    Others use the device and the processor too, so both are measured again before each case; the constants are
-    the medians of all of these.
+    Others use the device and the processor too, so the device is measured again before each case, and the work
+    around it in each round; the constants are taken from all of these.
     """
-    work = calibration_runs(folder, OPTIMIZER)
+    work: list[Sample] = []
     device: dict[tuple[bool, int, int], list[float]] = {}
     outcomes = [Outcome([], []) for _ in cases]
     for _ in range(rounds):
+        work += calibration_runs(folder, OPTIMIZER)
         for case, outcome in zip(cases, outcomes, strict=True):
             for point in device_points(folder):
                 device.setdefault((point.write, point.page_bytes, point.pages), []).append(point.seconds)

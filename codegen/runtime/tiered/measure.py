@@ -35,7 +35,7 @@ WARM, TIMED = 5, 15  # batches of a calibration run
 BESIDE = ((512, 2), (256, 2))  # those that are also run with batches prefetched: three must fit the cache
 DIMS = (16, 64)
 KINDS: tuple[Kind, ...] = ("ram", "mapped", "block")
-PAGES = 20_000  # of the scratch file: no drive serves that many requests at once
+SCRATCH = 1 << 25  # bytes of the file that device_points asks pages of, both places of each
 PAGE_SIZES = (512, 4096)
 COUNTS = (1, 8, 24, 64, 150, 350, 800, 2000)  # pages asked for together
 
@@ -167,18 +167,19 @@ def _device(where: Path, page_bytes: int) -> Iterator[DevicePoint]:
     """One record a page, so that writes read nothing."""
     path = where / f"pages{page_bytes}"
     record = (page_bytes - HEADER) // 4
-    pages = create(path, PAGES, record, page_bytes, lambda a, b: np.zeros((b - a, record), np.float32))
-    file = BlockPages(path, PAGES, record, page_bytes, np.zeros(pages, np.uint8), 0)
+    rows = SCRATCH // (2 * page_bytes)
+    pages = create(path, rows, record, page_bytes, lambda a, b: np.zeros((b - a, record), np.float32))
+    file = BlockPages(path, rows, record, page_bytes, np.zeros(pages, np.uint8), 0)
     random = np.random.default_rng(page_bytes)
     try:
         for count in COUNTS:
             times: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(max(8, min(40, 4000 // count))):
-                rows = random.choice(PAGES, count, replace=False)
+                some = random.choice(rows, count, replace=False)
                 started = time.perf_counter()
-                records = file.read(rows)
+                records = file.read(some)
                 middle = time.perf_counter()
-                file.write(rows, records)
+                file.write(some, records)
                 times[True].append(time.perf_counter() - middle)
                 times[False].append(middle - started)
             for write, seconds in times.items():
