@@ -19,6 +19,7 @@ from planner.doctor_cli import doctor, schema
 from planner.emit_cli import TARGETS, emit_decoder
 from planner.formats_cli import formats
 from planner.replan_cli import replan
+from planner.report_cli import report
 from planner.scale_cli import scale
 from planner.sensitivity_cli import sensitivity
 from planner.trace_cli import trace
@@ -334,6 +335,8 @@ def verify(plan: str, model: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("plan", type=click.Path())
+@click.option("--topology", "-t", help="Compile first: PLAN is a model (llama-tiny) and this its machine (local-4).")
+@click.option("--constraints", "-c", type=click.Path(), help="With --topology: as of planner compile.")
 @click.option("--nproc", type=int, help="Processes; default and only value: the ranks of the plan.")
 @click.option("--model", "model", help="The model; default the one that was compiled, by name.")
 @click.option("--steps", type=int, default=5, show_default=True, help="Timed steps, after two to warm up.")
@@ -344,6 +347,8 @@ def verify(plan: str, model: str | None, as_json: bool) -> None:
 @reports_errors
 def run(
     plan: str,
+    topology: str | None,
+    constraints: str | None,
     nproc: int | None,
     model: str | None,
     steps: int,
@@ -353,10 +358,15 @@ def run(
     as_json: bool,
 ) -> None:
     """Train a few steps of PLAN on real gloo processes and compare with the unsharded model."""
+    from planner.run_llm import compiled_for_run, run_decoder_plan
+
+    loaded = _load(plan) if topology is None else compiled_for_run(plan, topology, _read_constraints(constraints))
+    if loaded.decisions.parallelism is not None:
+        run_decoder_plan(loaded, model, steps, lr, seed, as_json)
+        return
     from codegen.runtime.compare import run_plan
     from planner.run import factory_of, progress, render_run
 
-    loaded = _load(plan)
     factory, arguments, options = factory_of(loaded, model)
     with progress(steps, hidden=as_json) as on_step:
         result = run_plan(
@@ -472,3 +482,4 @@ cli.add_command(sensitivity)
 cli.add_command(doctor)
 cli.add_command(schema)
 cli.add_command(replan)
+cli.add_command(report)

@@ -1,0 +1,185 @@
+"""The HTML report: one file without network, small, and alive in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import planner
+from benchmarks._tables import builtin
+from ir.errors import InputError
+from ir.ops import EmbeddingTable
+from ir.program import Model
+from planner.cli import cli
+from planner.report import render_report, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--enable-logging=stderr", "--v=0", "--virtual-time-budget=8000"),
+)
+
+
+@pytest.fixture(scope="module")
+def plan() -> planner.Plan:
+    return planner.compile("dlrm-dcnv2", "h100-2x8")
+
+
+@pytest.fixture(scope="module")
+def large() -> planner.Plan:
+    tables = builtin("meta_dlrm_datasets_856")["meta_dlrm_datasets_856"]
+    records = tuple(EmbeddingTable(t.name, t.rows, t.dim, (f"f_{t.name}",)) for t in tables)
+    stats = {f"f_{t.name}": planner.FeatureStats(pooling_factor=t.pooling) for t in tables}
+    workload = planner.Workload(features=stats)
+    return planner.compile(Model("856", records, ()), "h100-16x8", workload, objective="bottleneck")
+
+
+class Checker(HTMLParser):
+    """Open elements must be closed, and nothing may be fetched."""
+
+    VOID = frozenset({"meta", "input", "br", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_one_wellformed_file_that_fetches_nothing(plan: planner.Plan) -> None:
+    page = render_report(plan, sensitivity=False)
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.fetched == []
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)[^\s\"<]*\.(js|css|woff)", page)
+    assert "@import" not in page
+
+
+def test_a_large_plan_stays_small(large: planner.Plan, tmp_path: Path) -> None:
+    size = write_report(large, tmp_path / "r.html", sensitivity=False)
+    assert len(large.table_plans) == 856
+    assert size < 5e6
+
+
+def test_names_cannot_break_out_of_the_page(plan: planner.Plan) -> None:
+    evil = "</script><script>document.title='broken'</script>"
+    tables = (replace(plan.table_plans[0], name=evil, reason=evil), *plan.table_plans[1:])
+    page = render_report(replace(plan, table_plans=tables, warnings=(evil,)), sensitivity=False)
+    assert evil not in page
+    packed = re.search(r'type="application/octet-stream">([^<]*)<', page)
+    assert packed is not None
+    data = json.loads(base64.b64decode(packed[1]))
+    assert data["tables"][0][0] == evil
+
+
+def test_bad_measurements_are_named(plan: planner.Plan, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"steps": 3}')
+    with pytest.raises(InputError, match="no step_seconds"):
+        write_report(plan, tmp_path / "r.html", measured=file)
+    assert not (tmp_path / "r.html").exists()
+
+
+# Runs in the page, as a person would use it, and writes what it saw where --dump-dom shows it.
+USE = """
+<script>
+(async () => {
+  const seen = {}, $ = s => document.querySelector(s), all = s => [...document.querySelectorAll(s)];
+  seen.ready = document.documentElement.dataset.ready;
+  seen.tables = all('#rows tr').length;
+  seen.first = all('#rows tr')[0].children[0].textContent;
+  $('#filter').value = NAME; $('#filter').dispatchEvent(new Event('input'));
+  seen.filtered = all('#rows tr').map(r => r.children[0].textContent);
+  all('#rows tr')[0].click();
+  seen.detail = $('#detail h2').textContent;
+  seen.blocks = all('#detail svg rect').length;
+  $('#filter').value = ''; $('#filter').dispatchEvent(new Event('input'));
+  all('#columns button')[1].click();
+  seen.largest = all('#rows tr')[0].children[1].textContent;
+  all('#columns button')[1].click();
+  seen.smallest = all('#rows tr')[0].children[1].textContent;
+  seen.events = all('#timeline rect').length;
+  seen.ranks = all('#memory g').length;
+  seen.devices = all('.devices i').length;
+  $('#phase').value = '1'; $('#phase').dispatchEvent(new Event('change'));
+  seen.coloured = all('.devices i').every(c => c.style.background.startsWith('rgb'));
+  const box = document.createElement('pre');
+  box.id = 'seen'; box.textContent = JSON.stringify(seen);
+  document.body.append(box);
+})();
+</script>
+"""
+
+
+def in_browser(page: str, folder: Path) -> dict[str, Any]:
+    """Load a page in headless Chromium, use it, and return what it saw; console errors fail the test."""
+    file = folder / "page.html"
+    file.write_text(page)
+    assert CHROMIUM is not None
+    run = subprocess.run(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    errors = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    assert errors == []
+    found = re.search(r'<pre id="seen">(.*?)</pre>', run.stdout)
+    assert found is not None, "the page's script did not finish"
+    seen: dict[str, Any] = json.loads(found[1].replace("&amp;", "&"))
+    return seen
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_alive_in_a_browser(plan: planner.Plan, large: planner.Plan, tmp_path: Path) -> None:
+    for made, name in ((plan, "C20"), (large, large.table_plans[17].name)):
+        page = render_report(made, sensitivity=False)
+        folder = tmp_path / made.model.name.replace("/", "_")
+        folder.mkdir()
+        seen = in_browser(page + USE.replace("NAME", json.dumps(name)), folder)
+        assert seen["ready"] == "yes"
+        assert seen["tables"] == len(made.table_plans)
+        slowest = max(made.table_plans, key=lambda t: sum(t.terms.values()))
+        assert seen["first"] == slowest.name
+        assert name in seen["filtered"]
+        assert all(name.lower() in found.lower() for found in seen["filtered"])
+        assert seen["detail"] == seen["filtered"][0]
+        assert seen["blocks"] >= 1
+        assert seen["largest"] != seen["smallest"]
+        assert seen["events"] == sum(e.duration > 0 for e in made.timeline.events)
+        assert seen["devices"] == made.world_size
+        assert seen["coloured"]
+
+
+def test_command_line_with_a_measured_run(plan: planner.Plan, tmp_path: Path) -> None:
+    file, run_file, out = tmp_path / "plan.json", tmp_path / "run.json", tmp_path / "r.html"
+    plan.save(file)
+    run_file.write_text(json.dumps({"step_seconds": [0.01, 0.012, 0.011]}))
+    run = CliRunner().invoke(
+        cli, ["report", str(file), "-o", str(out), "--measured", str(run_file), "--no-sensitivity", "--json"]
+    )
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.output)["bytes"] == out.stat().st_size
+    packed = re.search(r'type="application/octet-stream">([^<]*)<', out.read_text())
+    assert packed is not None
+    assert json.loads(base64.b64decode(packed[1]))["measured"]["median"] == 0.011
