@@ -94,10 +94,12 @@ def _measured(path: str | Path | None) -> dict[str, Any] | None:
 def _headline(plan: Plan) -> list[tuple[str, str]]:
     certificate, model = plan.certificate, plan.model
     fullest = max(plan.memory, key=lambda rank: rank.total / rank.limit)
-    rate = plan.workload.global_batch / plan.timeline.step if plan.timeline.step else 0.0
+    tokens = plan.workload.llm.global_tokens if plan.workload.llm else 0
+    batch, unit = (tokens, "tokens") if tokens else (plan.workload.global_batch, "samples")
+    rate = batch / plan.timeline.step if plan.timeline.step else 0.0
     return [
         ("step", f"{format_seconds(plan.timeline.step)} modelled"),
-        ("throughput", f"{format_count(rate)} samples/s at global batch {plan.workload.global_batch:,}"),
+        ("throughput", f"{format_count(rate)} {unit}/s at {batch:,} {unit} a step"),
         ("proved gap", f"{100 * certificate.gap:.2f} % ({certificate.status})"),
         (
             "objective",
@@ -106,8 +108,12 @@ def _headline(plan: Plan) -> list[tuple[str, str]]:
         ("fullest rank", f"{format_bytes(fullest.total)} of {format_bytes(fullest.limit)}"),
         (
             "model",
-            f"{len(plan.table_plans)} tables, {format_count(model.embedding_params)} embedding and "
-            f"{format_count(model.dense_params)} dense parameters",
+            (
+                f"{len(plan.table_plans)} tables, {format_count(model.embedding_params)} embedding and "
+                f"{format_count(model.dense_params)} dense parameters"
+                if plan.table_plans
+                else f"{format_count(model.dense_params)} parameters"
+            ),
         ),
         (
             "machine",
@@ -120,12 +126,9 @@ def _headline(plan: Plan) -> list[tuple[str, str]]:
 def _sections(plan: Plan) -> list[tuple[str, str]]:
     """The decision sections as preformatted text, by name."""
     from planner.render import to_text
-    from planner.sections import render_sections
+    from planner.sections import render_section
 
-    parts = [part for part in render_sections(plan) if str(part)]
-    return [
-        (name, to_text(part, width=130)) for name, part in zip(plan.decisions.present(), parts, strict=False)
-    ]
+    return [(name, to_text(render_section(plan, name), width=130)) for name in plan.decisions.present()]
 
 
 def _memory(plan: Plan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ RENDERERS: dict[str, str] = {
     "compression": "planner.compression_render:render_compression",
     "dedup": "planner.dedup_render:render_dedup",
     "formats": "planner.storage_render:render_formats",
+    "parallelism": "planner.llm_render:explain_llm",
     "growth": "planner.growth_render:render_growth",
     "tiers": "planner.storage_render:render_tiers",
     "towers": "planner.towers:render_towers",
@@ -24,9 +25,11 @@ RENDERERS: dict[str, str] = {
 
 def render_sections(plan: Plan) -> list[RenderableType]:
     """Every section the plan has, in order, each after an empty line."""
-    parts: list[RenderableType] = []
-    for name in plan.decisions.present():
-        module, _, function = RENDERERS[name].partition(":")
-        render: Callable[[Plan], RenderableType] = getattr(importlib.import_module(module), function)
-        parts += [Text(), render(plan)]
-    return parts
+    return [part for name in plan.decisions.present() for part in (Text(), render_section(plan, name))]
+
+
+def render_section(plan: Plan, name: str) -> RenderableType:
+    """One section the plan has."""
+    module, _, function = RENDERERS[name].partition(":")
+    render: Callable[[Plan], RenderableType] = getattr(importlib.import_module(module), function)
+    return render(plan)
