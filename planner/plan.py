@@ -55,8 +55,13 @@ class Plan(ir.plan.Plan):
         ``DataType``; where the plan compresses exchanges by error-bounded codecs, by
         :func:`codegen.compressed.compressed_model`; where towers are applied, in tower form with the plan's
         tower modules (:func:`codegen.towers.tower_model`). Without one: in this process, in the plan's number formats
-        (:func:`codegen.formats.apply`).
+        (:func:`codegen.formats.apply`). A decoder's training plan takes the default group
+        (:func:`codegen.llm.parallel_model`).
         """
+        if self.decisions.parallelism is not None:
+            from codegen.llm import parallel_model
+
+            return parallel_model(self, module)
         if process_group is None:
             from codegen.formats import apply
 

@@ -178,6 +178,13 @@ _DECODERS = (
     _llama("8b", 32, 4096, 14336, 32),
     _llama("70b", 80, 8192, 28672, 64),
     _llama("405b", 126, 16384, 53248, 128),
+    ZooEntry(
+        "llama-tiny",
+        "a Llama of 8 layers of width 64, 8 heads sharing 4 of keys and values, to run on a laptop in fp32",
+        "The Llama 3 Herd of Models (arXiv 2407.21783), the same layers made small",
+        "planner.zoo.llama_tiny:build_llama_tiny",
+        {},
+    ),
 )
 
 
