@@ -91,8 +91,8 @@ def _series(name: str, line: Sequence[Point], colour: str, number: int, at: obje
         above, below = at(x, y + error)[1], at(x, y - error)[1]
         parts.append(f'<line x1="{across}" x2="{across}" y1="{above}" y2="{below}" stroke="{colour}"/>')
         parts.append(f'<circle cx="{across}" cy="{down}" r="3" fill="{colour}"/>')
-    left = LEFT + 10 + 130 * (number % 3)
-    top = TOP - 4 + 14 * (number // 3)
+    left = LEFT + 10 + 95 * (number % 4)
+    top = TOP - 4 + 14 * (number // 4)
     parts.append(f'<rect x="{left}" y="{top - 8}" width="9" height="9" fill="{colour}"/>')
     parts.append(f'<text x="{left + 13}" y="{top}">{escape(name)}</text>')
     return parts

@@ -349,11 +349,10 @@ def main() -> int:
     parser.add_argument("--plot", metavar="FILE.svg", help="also draw log-loss against bits")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    setting = (
-        Setting(2, 1, 15_000, (6,), (6, 4))
-        if options.quick
-        else Setting(options.seeds, 3, None, tuple(BITS), tuple(BITS))
-    )
+    setting = Setting(options.seeds, 3, None, tuple(BITS), tuple(BITS))
+    if options.quick:
+        setting = Setting(2, 1, 15_000, (6,), (6, 4))
+    setting = replace(setting, true_labels=options.true_labels)
     task, results, training = Task(setting), Results(), {}
     start = time.perf_counter()
     for seed in range(setting.seeds):
