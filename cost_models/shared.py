@@ -41,7 +41,7 @@ def phase_seconds(
 
 
 def framework_seconds(tables: int, sharding_types: int, calibration: Calibration) -> float:
-    """Seconds of the host's own work in a step with so many tables under so many sharding types."""
+    """Seconds of the host's own work in a step: tables, and sharding types with their own exchanges."""
     if not tables:
         return calibration.step_seconds
     further = max(sharding_types - 1, 0)

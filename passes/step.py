@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.collective.planning import communication, dense_reduction
+from cost_models.dense_prices import sharded_dense
 from cost_models.embedding import phase_overheads
 from cost_models.placed import rank_seconds, rank_tiers
 from cost_models.shared import framework_seconds, phase_seconds
@@ -45,12 +46,18 @@ class StepTimeline:
             mode,
             program.decisions.formats,
             _fetch_seconds(program, calibration),
-            _reduction(program, calibration),
-            framework_seconds(
-                len(program.tables), len({table.sharding_type for table in program.tables}), calibration
-            ),
+            sharded_dense(program.decisions.dense, topology, calibration) or _reduction(program, calibration),
+            framework_seconds(len(program.tables), _exchange_types(program), calibration),
         )
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
+
+
+def _exchange_types(program: Program) -> int:
+    """Sharding types that each have exchanges of their own."""
+    section = program.decisions.compression
+    if section is not None and section.engine == "exchange" and any(e.used for e in section.exchanges):
+        return 1  # one exchange for whatever it runs
+    return len({table.sharding_type for table in program.tables or ()} - {"data_parallel"})
 
 
 def _reduction(program: Program, calibration: Calibration) -> DenseReduction | None:

@@ -31,11 +31,22 @@ from ir.reading import as_mapping, dump_record, parse_record
 from ir.sharding import ShardingOption, units
 from ir.topology import Device, Level, Link, MemoryTier, Topology
 from ir.workload import FeatureStats, Workload
+from planner.calibrate_host import card_sharing as _card_sharing
+from planner.calibrate_host import host_constants
 
 Record = Mapping[str, Any]
 OnStage = Callable[[str], None]
 
-STAGES = ("memory", "gemm", "kernel_seconds", "lookup", "links", "collectives")
+STAGES = (
+    "memory",
+    "gemm",
+    "kernel_seconds",
+    "lookup",
+    "links",
+    "collectives",
+    "core_sharing",
+    "framework",
+)
 _DIGITS = 4  # significant digits written; repetitions differ in the second or third
 _CREDITS = tuple(1024 * 2 ** (step / 4) for step in range(45))  # 1 KiB to 2 MiB, four an octave
 _LINE = 64  # bytes one access to CPU memory moves
@@ -228,10 +239,13 @@ def calibration_of(record: Record, topology: Topology) -> Calibration:
         "fabric_efficiency": fabric or network or CPU.fabric_efficiency,
         "network_efficiency": network or fabric or CPU.network_efficiency,
         "collective_seconds": max(floor - latency, 0.0),
+        "core_sharing": record.get("core_sharing", 1.0),
+        "card_sharing": _card_sharing(record),
     }
     constants: dict[str, Any] = {name: _round(value) for name, value in reached.items()}
     found = replace(CPU, **constants, source=f"measured by planner calibrate on {topology.name}")
-    return replace(found, row_efficiency=_round(_row_efficiency(record, topology, found)))
+    found = replace(found, row_efficiency=_round(_row_efficiency(record, topology, found)))
+    return replace(found, **host_constants(record, topology, found))
 
 
 def _memory_peak(record: Record) -> float:

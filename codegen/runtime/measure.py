@@ -11,7 +11,10 @@ gemm           (m, k) x (k, n) products in fp32 and bf16: FLOP/s
 lookup         pooled lookups of uniformly drawn rows, forward, and backward with the row-wise update: seconds
 links          ping-pong between two ranks by message size, one way: seconds; flood: every rank sends to and receives from
                a rank of its own host (intra) or of the next host (inter) at once: bytes/s a rank, one direction
-collectives    all-to-all and all-reduce by bytes a rank, in each host at once (intra) and over all ranks (inter)
+collectives    all-to-all, all-reduce, reduce-scatter and all-gather by bytes of the whole buffer, in each host at once
+               (intra) and over all ranks (inter)
+core_sharing   seconds of a product with all ranks at work over those of one rank alone
+framework      steps of TorchRec with hardly a byte in them (:mod:`codegen.runtime.measure_host`)
 =============  ==================================================================================================
 """
 
@@ -28,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 from codegen.runtime.launch import Rank
+from codegen.runtime.measure_host import core_sharing, framework
 
 Record = dict[str, Any]
 
@@ -70,6 +74,8 @@ def measure(rank: Rank, repeats: int = 5) -> Record:
         ("lookup", _lookups),
         ("links", _links),
         ("collectives", _collectives),
+        ("core_sharing", core_sharing),
+        ("framework", framework),
     )
     for name, stage in stages:
         rank.report({"stage": name})
@@ -326,16 +332,26 @@ def _collectives(rank: Rank, repeats: int) -> list[Record]:
 
 def _sweep(level: str, group: dist.ProcessGroup | None, ranks: int, repeats: int) -> list[Record]:
     rows = []
-    for name in ("all_to_all", "all_reduce"):
+    for name in ("all_to_all", "all_reduce", "reduce_scatter", "all_gather"):
         for size in _COLLECTIVE_BYTES:
             count = size // 4 // ranks * ranks
-            given, taken = torch.zeros(count), torch.zeros(count)
-            work: Callable[[], object] = partial(dist.all_reduce, given, group=group)
-            if name == "all_to_all":
-                work = partial(dist.all_to_all_single, taken, given, group=group)
+            work = _work(name, count, ranks, group)
             # ranks leave a barrier at different times, which would drown a short collective
             seconds = _collective_time(work, group, repeats, 20 if size <= _SMALL else 1)
             rows.append({"op": name, "level": level, "ranks": ranks, "bytes": count * 4, "seconds": seconds})
             if seconds > _SLOW:
                 break
     return rows
+
+
+def _work(name: str, count: int, ranks: int, group: dist.ProcessGroup | None) -> Callable[[], object]:
+    """One collective over a buffer of ``count`` float32, called as TorchRec and DDP call it."""
+    given, taken = torch.zeros(count), torch.zeros(count)
+    if name == "all_to_all":
+        return partial(dist.all_to_all_single, taken, given, group=group)
+    part = torch.zeros(count // ranks)
+    if name == "reduce_scatter":
+        return partial(dist.reduce_scatter, part, list(given.chunk(ranks)), group=group)
+    if name == "all_gather":
+        return partial(dist.all_gather, list(taken.chunk(ranks)), part, group=group)
+    return partial(dist.all_reduce, given, group=group)

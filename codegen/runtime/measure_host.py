@@ -1,0 +1,154 @@
+"""What a rank's host adds to a step: cores shared with other ranks, and the framework's own work.
+
+:func:`core_sharing` times a product on one rank while the others wait and on all at once. :func:`framework` times
+steps of TorchRec with hardly a byte in them, so that what remains is Python, autograd and the number of
+collectives: two tables, ten tables, and ten tables under two sharding types.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from codegen.runtime.launch import Rank
+from ir.sharding import row_blocks
+
+_SIZE = 512  # of the product; a millisecond or two, long beside a wake-up
+_FEW, _MANY = 2, 10  # tables
+_ROWS, _DIM, _SAMPLES = 64, 16, 8  # of each table and of each rank's batch: nothing to speak of
+_WARM_UP, _STEPS = 3, 12
+
+
+def core_sharing(rank: Rank, repeats: int) -> float:
+    """Seconds of a product with all ranks at work over those of rank 0 alone; 1 to the ranks of a host."""
+    x, out = torch.ones(_SIZE, _SIZE), torch.empty(_SIZE, _SIZE)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(20):
+            torch.mm(x, x, out=out)
+        return time.perf_counter() - start
+
+    together, alone = [], []
+    seconds()
+    for _ in range(max(repeats, 3)):
+        dist.barrier()
+        together.append(seconds())
+        dist.barrier()
+        if rank.rank == 0:
+            alone.append(seconds())
+    ratio = torch.zeros(1, dtype=torch.float64)
+    if rank.rank == 0:
+        ratio[0] = statistics.median(together) / statistics.median(alone)
+    dist.broadcast(ratio, 0)
+    return min(max(float(ratio), 1.0), float(rank.host_size))
+
+
+def framework(rank: Rank, repeats: int) -> dict[str, Any] | None:
+    """Seconds of TorchRec's steps; None where TorchRec is absent or there is one rank only."""
+    try:
+        import torchrec  # noqa: F401
+    except ImportError:
+        return None
+    if rank.world_size == 1:
+        return None
+    return {
+        "few_tables": _FEW,
+        "many_tables": _MANY,
+        "few": _trial(["table_wise"] * _FEW, rank),
+        "many": _trial(["table_wise"] * _MANY, rank),
+        "two_types": _trial(["table_wise", "row_wise"] * (_MANY // 2), rank),
+        "dense_bytes": 4 * _parameters(_MANY),
+    }
+
+
+def _parameters(tables: int) -> int:
+    return tables * _DIM + 1
+
+
+def _trial(kinds: Sequence[str], rank: Rank) -> float:
+    """Median seconds of a training step over tables of these sharding types, on the slowest rank."""
+    seconds = []
+    with torch.enable_grad():
+        step = _stepper(kinds, rank)
+        for _ in range(_WARM_UP + _STEPS):
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            dist.barrier()
+            seconds.append(time.perf_counter() - start)
+    slowest = torch.tensor(seconds[_WARM_UP:], dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(statistics.median(slowest.tolist()))
+
+
+def _stepper(kinds: Sequence[str], rank: Rank) -> Callable[[], None]:
+    from torch import nn
+    from torch.distributed._shard.metadata import ShardMetadata
+    from torch.distributed.optim import _apply_optimizer_in_backward  # type: ignore[attr-defined]
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+    from torchrec.distributed import DistributedModelParallel
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.types import (
+        EmbeddingModuleShardingPlan,
+        EnumerableShardingSpec,
+        ParameterSharding,
+        ShardingPlan,
+    )
+
+    names = [f"t{n}" for n in range(len(kinds))]
+    features = [f"f{n}" for n in range(len(kinds))]
+
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ebc = EmbeddingBagCollection(
+                [
+                    EmbeddingBagConfig(
+                        name=name, num_embeddings=_ROWS, embedding_dim=_DIM, feature_names=[feature]
+                    )
+                    for name, feature in zip(names, features, strict=True)
+                ],
+                device=torch.device("cpu"),
+            )
+            self.top = nn.Linear(len(kinds) * _DIM, 1)
+
+        def forward(self, ids: Any) -> Any:
+            return self.top(self.ebc(ids).values())
+
+    tiny = Tiny()
+    for parameter in tiny.ebc.parameters():
+        _apply_optimizer_in_backward(torch.optim.SGD, [parameter], {"lr": 0.01})
+    plan = EmbeddingModuleShardingPlan()
+    for n, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+        blocks = [(n % rank.world_size, 0, _ROWS)]
+        if kind == "row_wise":
+            blocks = [(r, *block) for r, block in enumerate(row_blocks(_ROWS, rank.world_size))]
+        shards = [ShardMetadata([first, 0], [rows, _DIM], f"rank:{r}/cpu") for r, first, rows in blocks]
+        ranks = [r for r, _, _ in blocks]
+        plan[name] = ParameterSharding(kind, "fused", ranks, EnumerableShardingSpec(shards))
+    wrapped = DistributedModelParallel(
+        tiny,
+        device=torch.device("cpu"),
+        plan=ShardingPlan(plan={"ebc": plan}),
+        sharders=[EmbeddingBagCollectionSharder()],
+    )
+    optimizer = torch.optim.SGD([p for n, p in wrapped.named_parameters() if "top" in n], lr=0.01)
+    count = _SAMPLES * len(kinds)
+    ids = KeyedJaggedTensor(
+        keys=features,
+        values=torch.arange(count) % _ROWS,
+        lengths=torch.ones(count, dtype=torch.int32),
+    )
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        wrapped(ids).mean().backward()
+        optimizer.step()
+
+    return step

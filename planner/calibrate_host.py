@@ -1,0 +1,78 @@
+"""Constants for what ranks share and what their host adds to a step, from the record of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cost_models.calibration import Calibration
+from cost_models.collective.planning import communication, dense_reduction
+from cost_models.collectives import Network, all_gather, all_reduce, network, reduce_scatter
+from cost_models.embedding import phase_overheads
+from ir.topology import Topology
+from ir.workload import Workload
+
+Record = Mapping[str, Any]
+
+_DIGITS = 4
+
+
+def card_sharing(record: Record) -> float:
+    """How much faster a rank sends to another host alone than while all of its host do; 1 to those ranks."""
+    links = record["links"].get("inter")
+    if links is None or record["host_size"] == 1:
+        return 1.0
+    # the last two sizes: what an idle link lets through at once cancels out
+    (small, large) = links["points"][-2:]
+    alone = (large["bytes"] - small["bytes"]) / max(large["seconds"] - small["seconds"], 1e-9)
+    return float(min(max(alone / links["flood"]["bandwidth"], 1.0), record["host_size"]))
+
+
+def host_constants(record: Record, topology: Topology, found: Calibration) -> dict[str, Any]:
+    """Factors of the library's reductions, and the framework's seconds; what was not measured is left out.
+
+    ``found`` has everything else, since these constants are what its predictions leave unexplained.
+    """
+    constants: dict[str, Any] = {"ids_ahead": False}
+    net = network(topology, found)
+    for name, form in (
+        ("all_reduce", all_reduce),
+        ("reduce_scatter", reduce_scatter),
+        ("all_gather", all_gather),
+    ):
+        factor = _factor(record, name, net, form)
+        if factor is not None:
+            constants[f"{name}_factor"] = factor
+    trials = record.get("framework")
+    if trials is not None:
+        constants |= _framework(trials, topology, found)
+    return {
+        name: value if isinstance(value, bool) else float(f"{value:.{_DIGITS}g}")
+        for name, value in constants.items()
+    }
+
+
+def _factor(record: Record, name: str, net: Network, form: Any) -> float | None:
+    """Measured seconds of the largest buffer, its floor taken off, over those of the ring."""
+    for level in ("inter", "intra"):
+        rows = [row for row in record["collectives"] if row["level"] == level and row["op"] == name]
+        if len(rows) > 1:
+            seconds = rows[-1]["seconds"] - rows[0]["seconds"]
+            # below 1: rings that are faster than an all-to-all of the same link, which set its bandwidth
+            return float(max(seconds, 0.1 * rows[-1]["seconds"]) / form(rows[-1]["bytes"], net))
+    return None
+
+
+def _framework(trials: Record, topology: Topology, found: Calibration) -> dict[str, float]:
+    table = (trials["many"] - trials["few"]) / (trials["many_tables"] - trials["few_tables"])
+    group = trials["two_types"] - trials["many"]
+    # what the model knows of such a step: the floors of its collectives and the launches of its kernels
+    known = sum(phase_overheads(topology, Workload(), found, "train").values())
+    reduction = dense_reduction(communication(topology, found), found.bucket_bytes, False)
+    known += sum(reduction.price(trials["dense_bytes"]).values())
+    table, group = max(table, 0.0), max(group, 0.0)
+    return {
+        "table_seconds": table,
+        "group_seconds": group,
+        "step_seconds": max(trials["few"] - trials["few_tables"] * table - known, 0.0),
+    }
