@@ -130,6 +130,8 @@ class ShardedEmbeddings(nn.Module):
         self.copies = tuple(piece for piece in pieces if piece.rank == EVERY_RANK)
         self.features = tuple(dict.fromkeys(f for piece in pieces for f in piece.features))
         _one_table_a_feature(pieces)
+        # ids of 8 bytes would be most of what a compressed exchange of narrow tables carries
+        self.index_type = torch.int32 if all(p.rows < 2**31 for p in pieces) else torch.int64
         self.weights = nn.ParameterDict(
             {p.key: _weight(p, weights) for p in (*self.by_rank[self.rank], *self.copies)}
         )
@@ -220,8 +222,10 @@ class ShardedEmbeddings(nn.Module):
         told = torch.empty_like(sizes)
         dist.all_to_all_single(told, sizes, group=self.group)
         lengths: list[int] = told[:, 1].tolist()
-        received = torch.empty(sum(lengths), dtype=torch.int64)
-        dist.all_to_all_single(received, torch.cat(parts), lengths, sizes[:, 1].tolist(), group=self.group)
+        given = _narrowed(torch.cat(parts), self.index_type)
+        received = torch.empty(sum(lengths), dtype=given.dtype)
+        dist.all_to_all_single(received, given, lengths, sizes[:, 1].tolist(), group=self.group)
+        received = received.long()
         counts: list[int] = told[:, 0].tolist()
         mine = wanted[self.rank]
         return [
@@ -239,6 +243,14 @@ class ShardedEmbeddings(nn.Module):
 
 
 _NOTHING = torch.empty(0, dtype=torch.int64)
+
+
+def _narrowed(ids: Tensor, index_type: torch.dtype) -> Tensor:
+    """Ids in the type they travel in; raises InputError for one that no table of that many rows has."""
+    narrow = ids.to(index_type)
+    if not torch.equal(narrow.long(), ids):
+        raise InputError(f"an id of the batch is {int(ids.abs().max())}, beyond the rows of every table")
+    return narrow
 
 
 def _features(pieces: Sequence[Piece]) -> list[str]:
