@@ -17,7 +17,8 @@ from passes.assignment.target_search import Incumbent
 
 CELLS = 6000
 UNITS = 10**6
-WORK = 20.0  # deterministic seconds
+WORK = 20.0  # deterministic seconds at most
+SHARE = 0.25  # of the time limit
 
 
 def improve(compiled: Compiled, best: Incumbent, time_limit: float, seed: int) -> Incumbent | None:
@@ -34,7 +35,7 @@ def improve(compiled: Compiled, best: Incumbent, time_limit: float, seed: int) -
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = min(time_limit, WORK)
+    solver.parameters.max_deterministic_time = min(SHARE * time_limit, WORK)
     if solver.solve(model.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     return model.read(solver)

@@ -138,6 +138,8 @@ class Polisher:
             return  # the choice does not fit
         self._load(best)
         self._menu = {t: self._options(t, best.value) for t in range(self.compiled.tables)}
+        if not any(self._menu.values()):
+            return  # every option of every table is too large for a better solution
         turn = 0
         while not self.budget.spent() and best.value > self.bound * (1 + stop):
             tau = TEMPERATURES[turn % len(TEMPERATURES)] * self.bound
