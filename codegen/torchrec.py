@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from codegen.collectives import data_parallel, send_scheduled
+from codegen.collectives import send_scheduled
 from codegen.compressed import sharders
+from codegen.dense import dense_wrapper
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
 from codegen.torchrec_formats import set_formats
 from codegen.torchrec_tiers import check_tiers, tier_kernel, tier_notes, tier_parameters
@@ -191,7 +192,7 @@ def sharded_model(
         device=target,
         plan=decided,
         sharders=sharders(plan, device),
-        data_parallel_wrapper=data_parallel(plan),
+        data_parallel_wrapper=dense_wrapper(plan),
     )
     send_scheduled(plan, wrapped, group)
     if kept is not None:
@@ -211,10 +212,12 @@ def load_weights(wrapped: Any, weights: Mapping[str, Any]) -> None:
     """
     import torch
 
+    from codegen.runtime.dense.shard import copy_into
+
     with torch.no_grad():
         for name, target in wrapped.state_dict().items():
             if not hasattr(target, "local_shards"):
-                target.copy_(weights[name])
+                copy_into(target, weights[name])
                 continue
             for shard in target.local_shards():
                 (row, col), (rows, cols) = shard.metadata.shard_offsets, shard.metadata.shard_sizes

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from cost_models.calibration import Calibration
 from cost_models.collectives import all_reduce, network
 from cost_models.compute import BACKWARD_FACTOR, input_bytes, op_seconds, stream_seconds
+from cost_models.dense_step import ShardedDense, sharded_ops
 from cost_models.gemm_formats import format_seconds
 from cost_models.timeline import TimedOp, schedule
 from ir.dtypes import nbytes
@@ -90,7 +91,7 @@ def step_timeline(
     mode: Mode,
     formats: FormatPlan | None = None,
     fetch_seconds: float = 0.0,
-    reduction: DenseReduction | None = None,
+    reduction: DenseReduction | ShardedDense | None = None,
     host_seconds: float = 0.0,
 ) -> Timeline:
     """The modelled step.
@@ -104,7 +105,8 @@ def step_timeline(
         mode: "train" or "inference".
         formats: number formats of GEMM operands and of cached keys and values.
         fetch_seconds: of rows that the busiest memory tier hands over for a later step, beside this one.
-        reduction: of dense gradients; default :func:`ring_reduction`.
+        reduction: of dense gradients; default :func:`ring_reduction`. Or how a dense part that is split over ranks is
+            gathered and reduced (:mod:`cost_models.dense_step`).
         host_seconds: of the framework's own work, which on a CPU runs in line with the kernels.
     """
     reduction = reduction or ring_reduction(topology, calibration)
@@ -124,6 +126,12 @@ def step_timeline(
     if not ahead:
         ops.append(TimedOp("input_dist", "network", phase_seconds["input_dist"]))
         lookup_after = ("input_dist",)
+    if isinstance(reduction, ShardedDense):
+        item = nbytes(workload.compute_dtype)
+        phases = dict(phase_seconds) if ahead else {**phase_seconds, "input_dist": 0.0}
+        return schedule(
+            ops + sharded_ops(model, forward, phases, item, reduction, topology, calibration, lookup_after)
+        )
     ops += [
         TimedOp("lookup_forward", "compute", phase_seconds["lookup_forward"], lookup_after),
         TimedOp("bottom_forward", "compute", sum(below.values()), (), below),

@@ -11,10 +11,12 @@ from pydantic import ConfigDict, Field
 from ir.collective_plan import CollectiveRequest
 from ir.compression import CompressionRequest
 from ir.dedup import DedupRequest
+from ir.dense_plan import DenseRequest
 from ir.format_plan import FormatRequest
 from ir.growth import GrowthRequest
 from ir.parallelism import ParallelismConstraints
 from ir.reading import STRICT, dump_record, parse_record
+from ir.serving import ServingRequest
 from ir.tier_plan import TierRequest
 from ir.towers import TowerRequest
 
@@ -73,9 +75,11 @@ class Constraints:
     collectives: CollectiveRequest | None = None  # None: dense gradients by the library, buckets decided
     compression: CompressionRequest | None = None  # None: vectors travel in the workload's exchange type
     dedup: DedupRequest | None = None
+    dense: DenseRequest | None = None  # None: replicated where it fits
     formats: FormatRequest | None = None  # None: every tensor keeps the type it is declared with
     growth: GrowthRequest | None = None  # None: the model keeps its size
     parallelism: ParallelismConstraints | None = None  # of a decoder; None: all of it is the planner's
+    serving: ServingRequest | None = None  # of a decoder, mode inference; None: its defaults
     tiers: TierRequest | None = None  # None: tables stay in the device's first tier
     towers: TowerRequest | None = None  # None: lookups stay flat
 

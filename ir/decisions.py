@@ -14,10 +14,12 @@ from pydantic import ConfigDict
 from ir.collective_plan import CollectivePlan
 from ir.compression import Compression
 from ir.dedup import DedupPlan
+from ir.dense_plan import DensePlan
 from ir.format_plan import FormatPlan
 from ir.growth import Growth
 from ir.parallelism import Parallelism
 from ir.reading import STRICT
+from ir.serving import Serving
 from ir.tier_plan import TierPlan
 from ir.towers import TowerDecision
 
@@ -31,9 +33,11 @@ class Decisions:
     collectives: CollectivePlan | None = None
     compression: Compression | None = None
     dedup: DedupPlan | None = None
+    dense: DensePlan | None = None
     formats: FormatPlan | None = None
     growth: Growth | None = None
     parallelism: Parallelism | None = None
+    serving: Serving | None = None
     tiers: TierPlan | None = None
     towers: TowerDecision | None = None
 

@@ -16,6 +16,7 @@ from cost_models.calibration import Calibration, default_calibration
 from cost_models.collective.algorithms import Priced
 from cost_models.collective.library import NCCL_ALGORITHMS
 from cost_models.collective.planning import Communication, communication, dense_reduction
+from cost_models.dense_prices import sharded_dense
 from cost_models.embedding import PHASES
 from cost_models.exchanged import exchanged_bytes
 from cost_models.step import DenseReduction, step_timeline
@@ -69,6 +70,7 @@ def _remodel(program: Program, calibration: Calibration) -> Callable[[DenseReduc
     lasted = {event.name: event.duration for event in program.timeline.events}
     phases = dict.fromkeys(PHASES, 0.0) | {name: lasted.get(name, 0.0) for name in PHASES}
     phases["input_dist"] = lasted.get("input_dist", lasted.get("input_dist_next", 0.0))
+    split = sharded_dense(program.decisions.dense, program.topology, calibration)
     fetched, host = lasted.get("fetch_rows_next", 0.0), lasted.get("framework", 0.0)
 
     def step(reduction: DenseReduction) -> Timeline:
@@ -81,7 +83,7 @@ def _remodel(program: Program, calibration: Calibration) -> Callable[[DenseReduc
             program.options.mode,
             program.decisions.formats,
             fetched,
-            reduction,
+            split or reduction,
             host,
         )
 

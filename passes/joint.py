@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cost_models.calibration import Calibration
+from cost_models.dense import planned_dense_memory
+from cost_models.dense_prices import sharded_dense
 from cost_models.embedding import PHASES, phase_overheads
 from cost_models.gemm_formats import COMPUTE_FORMATS, cache_read_seconds, gemm_price
-from cost_models.memory import MASTER_BYTES, dense_memory
+from cost_models.memory import MASTER_BYTES
 from cost_models.step import step_timeline
 from ir.errors import InfeasibleError
 from ir.format_plan import FormatRequest, LossChange
@@ -80,7 +82,10 @@ def step_base(program: Program, calibration: Calibration) -> float:
     """Seconds of the step besides the embedding phases: overheads, and the dense part when not overlapped."""
     mode = program.options.mode
     empty = dict.fromkeys(PHASES, 0.0)
-    dense = step_timeline(program.model, empty, program.topology, program.workload, calibration, mode).step
+    split = sharded_dense(program.decisions.dense, program.topology, calibration)
+    dense = step_timeline(
+        program.model, empty, program.topology, program.workload, calibration, mode, reduction=split
+    ).step
     return dense + sum(phase_overheads(program.topology, program.workload, calibration, mode).values())
 
 
@@ -192,7 +197,7 @@ def _within_budgets(program: Program, menu: Menu, budgets: tuple[str, ...]) -> N
 def _capacity(program: Program, members: Sequence[DenseMember]) -> float:
     """Bytes of a rank for what is decided here; raises InfeasibleError when the dense part leaves none."""
     mode = program.options.mode
-    dense = sum(dense_memory(program.model, program.workload, program.topology, mode).values())
+    dense = sum(planned_dense_memory(program).values())
     limit = memory_limit(program)
     if mode == "inference" and members:
         # these weights are members of the problem

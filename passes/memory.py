@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from cost_models.dense import planned_dense_memory
 from cost_models.gemm_formats import format_memory
-from cost_models.memory import dense_memory
 from cost_models.placed import rank_memory
 from ir.plan import RankMemory
 from ir.program import Program
@@ -23,7 +23,7 @@ class MemoryAccounting:
         """Decide nothing; add up the placed shards and the dense part."""
         assert program.tables is not None, "sharding runs before memory accounting"
         topology, workload, mode = program.topology, program.workload, program.options.mode
-        dense = dense_memory(program.model, workload, topology, mode)
+        dense = planned_dense_memory(program)
         if program.decisions.formats is not None and mode == "inference":
             change = format_memory(program.model, program.decisions.formats, workload, topology)
             dense = {

@@ -13,6 +13,8 @@ from passes.base import Pass
 from passes.collectives import Collectives
 from passes.compression import CompressionBounds
 from passes.dedup import Dedup
+from passes.dense import DenseParallelism
+from passes.dense_sparse import SparseGroups
 from passes.growth import GrowthSchedule
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
@@ -27,11 +29,13 @@ def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
     """The passes in order, priced with ``calibration`` (default: the constants of the device kind)."""
     return (
         Dedup(calibration),  # changes the traffic that sharding prices
+        DenseParallelism(calibration),  # its bytes are taken from what sharding may fill
         Sharding(calibration),
         MemoryAccounting(),  # needs the shards
         CompressionBounds(calibration),  # needs the shards, changes what the step waits for
         StepTimeline(calibration),  # needs the time of each phase, which the shards decide
         Collectives(calibration),  # needs the step, which its buckets change
+        SparseGroups(calibration),  # weighed against the flat step
         GrowthSchedule(calibration),  # prices every phase as the passes before it price a step
         Towers(calibration),  # replaces the flat plan where it is slower
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cost_models.calibration import Calibration
+from cost_models.dense import planned_dense_memory
 from cost_models.embedding import PHASES, unit_seconds
-from cost_models.memory import dense_memory, unit_memory
+from cost_models.memory import unit_memory
 from ir.errors import InfeasibleError
 from ir.ops import EmbeddingTable
 from ir.program import Program
@@ -81,7 +82,7 @@ def sharding_problem(program: Program, calibration: Calibration) -> ShardingProb
         InfeasibleError: a table without options, or a dense part that leaves no memory.
     """
     topology, model, constraints = program.topology, program.model, program.options.constraints
-    dense = sum(dense_memory(model, program.workload, topology, program.options.mode).values())
+    dense = sum(planned_dense_memory(program).values())
     limit = memory_limit(program)
     if dense >= limit:
         raise InfeasibleError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cost_models.calibration import Calibration
-from cost_models.memory import dense_memory
+from cost_models.dense import planned_dense_memory
 from cost_models.towers import tower_topology
 from ir.constraints import Constraints, ShardingType, TableConstraint
 from ir.errors import InfeasibleError, InputError
@@ -80,8 +80,7 @@ def _shard(
 ) -> tuple[tuple[TablePlan, ...], Certificate]:
     topology = tower_topology(program.topology, tower.ranks)
     tables = tuple(table for table in program.model.tables if table.name in tower.tables)
-    mode = program.options.mode
-    dense = sum(dense_memory(program.model, program.workload, program.topology, mode).values())
+    dense = sum(planned_dense_memory(program).values())
     constraints = program.options.constraints
     inner = replace(
         constraints,

@@ -15,9 +15,11 @@ RENDERERS: dict[str, str] = {
     "collectives": "planner.collectives_render:render_collectives",
     "compression": "planner.compression_render:render_compression",
     "dedup": "planner.dedup_render:render_dedup",
+    "dense": "planner.dense_render:render_dense",
     "formats": "planner.storage_render:render_formats",
     "parallelism": "planner.llm_render:explain_llm",
     "growth": "planner.growth_render:render_growth",
+    "serving": "planner.serving_render:render_serving",
     "tiers": "planner.storage_render:render_tiers",
     "towers": "planner.towers:render_towers",
 }

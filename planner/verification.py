@@ -4,7 +4,7 @@ Nothing here calls the passes or the cost models. Coverage is counted cell by ce
 the shards cut a table into; memory is re-added from rows, widths and the optimizer's state; geometry is
 checked against what each sharding type means. Checks, in order: ``format``, ``tables``, ``ranks``,
 ``coverage``, ``geometry``, ``kernels``, ``memory``, ``formats``, ``tiers``, ``certificate``, ``timeline``, ``dedup``,
-``towers``, ``parallelism``, ``parallel_memory``, ``model``.
+``dense``, ``towers``, ``parallelism``, ``parallel_memory``, ``model``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from ir.units import format_bytes
 from planner.verify_collectives import check_collectives
 from planner.verify_compression import compression_faults
 from planner.verify_dedup import check_dedup
+from planner.verify_dense import check_dense
 from planner.verify_growth import check_growth
 from planner.verify_llm import check_parallel_memory, check_parallelism
+from planner.verify_serving import check_serving
 from planner.verify_storage import check_formats, check_tiers, device_share, state_share, weight_bytes
 from planner.verify_towers import check_towers
 
@@ -57,12 +59,14 @@ def verify(plan: Plan, tables: tuple[EmbeddingTable, ...] | None = None) -> tupl
         ("certificate", _certificate),
         ("timeline", _timeline),
         ("dedup", check_dedup),
+        ("dense", check_dense),
         ("towers", check_towers),
         ("growth", check_growth),
         ("compression", compression_faults),
         ("collectives", check_collectives),
         ("parallelism", check_parallelism),
         ("parallel_memory", check_parallel_memory),
+        ("serving", check_serving),
     ]
     findings = []
     for name, check in checks:
@@ -87,7 +91,7 @@ def _tables(plan: Plan) -> Iterator[str]:
         seen.add(table.name)
         if not table.shards:
             yield f"table {table.name!r} has no shards"
-    if not plan.table_plans and plan.decisions.parallelism is None:
+    if not plan.table_plans and plan.decisions.parallelism is None and plan.decisions.serving is None:
         yield "the plan decides no table"
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codegen.runtime.dense.shard import whole as full
 from ir.errors import InputError
 
 
@@ -40,7 +41,7 @@ def whole_weights(wrapped: Any) -> dict[str, Tensor]:
     whole = {}
     for name, value in wrapped.state_dict().items():
         if not hasattr(value, "local_shards"):
-            whole[name] = value.detach().clone()
+            whole[name] = full(value).clone()
             continue
         total = torch.zeros(value.size())
         holders = torch.zeros(value.size(), dtype=torch.uint8)

@@ -1,0 +1,42 @@
+"""FSDP or HSDP in the place of TorchRec's DDP: the dense part of a ``DistributedModelParallel``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.model_parallel import DataParallelWrapper
+
+from codegen.runtime.dense.shard import dense_mesh, shard_dense
+
+
+@dataclass
+class ShardedDataParallel(DataParallelWrapper):  # type: ignore[misc]
+    """TorchRec's seam for the dense part, filled with ``fully_shard``; arguments as in :func:`shard_dense`."""
+
+    units: Sequence[Sequence[str]]
+    shard: int
+    replicas: int
+    reshard_after_forward: bool
+    compute_dtype: torch.dtype | None = None
+
+    def wrap(self, dmp: Any, env: Any, device: torch.device) -> None:
+        """Split what TorchRec has not sharded; called once, when all weights are allocated."""
+        from torch.distributed.fsdp import FSDPModule
+
+        module = dmp._dmp_wrapped_module
+        if isinstance(module, FSDPModule):
+            return
+        sharded = set(DistributedModelParallel._sharded_parameter_names(module))
+        ignored = {parameter for name, parameter in module.named_parameters() if name in sharded}
+        shard_dense(
+            module.to(device),
+            self.units,
+            dense_mesh(self.shard, self.replicas, device.type, env.process_group),
+            reshard_after_forward=self.reshard_after_forward,
+            ignored=ignored,
+            compute_dtype=self.compute_dtype,
+        )

@@ -1,0 +1,117 @@
+"""Independent check of a plan's dense section: meshes, units, bytes, and groups of tables; no pass, no cost model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ir.dense_plan import DensePlan, GroupTable, SparseReplicas
+from ir.dtypes import nbytes
+from ir.plan import Plan
+from ir.units import format_bytes
+
+_COPY = 4 + 4 + 8  # bytes a parameter: fp32 weight and gradient, two fp32 moments
+_SLACK = 1.0  # bytes: rounding
+
+
+def check_dense(plan: Plan) -> Iterator[str]:
+    """The split covers the ranks, units name modules once, bytes follow from the split, memory holds the share."""
+    section = plan.decisions.dense
+    if section is None:
+        return
+    host, world = plan.topology.host_size, plan.world_size
+    meant = {"ddp": 1, "hsdp": host, "fsdp": world}[section.strategy]
+    if section.shard != meant or section.shard * section.replicas != world:
+        yield (
+            f"{section.strategy} splits over {section.shard} ranks with {section.replicas} replicas; "
+            f"{meant} with {world // meant} are meant"
+        )
+    twice = [m for m, count in Counter(m for unit in section.units for m in unit).items() if count > 1]
+    if twice:
+        yield f"module {twice[0]!r} is gathered in two units"
+    request = plan.constraints.dense
+    if request is not None and section.candidates and section.strategy not in request.strategies:
+        yield f"{section.strategy} is not among the strategies asked for"
+    if section.candidates:
+        yield from _bytes(plan, section)
+    yield from _memory(plan, section)
+    if section.sparse is not None:
+        yield from _groups(plan, section.sparse)
+
+
+def _bytes(plan: Plan, section: DensePlan) -> Iterator[str]:
+    """Messages counted one collective at a time."""
+    size = plan.model.dense_params * nbytes(plan.workload.compute_dtype)
+    sent = 0.0
+    if section.shard > 1:
+        sent += size  # reduce-scatter
+        sent += size * (2 if section.reshard_after_forward else 1)  # gathers
+        sent += 2 * size / section.shard if section.replicas > 1 else 0.0
+    elif section.replicas > 1:
+        sent += 2 * size
+    if abs(section.message_bytes - sent) > _SLACK:
+        yield f"a step's collectives have {section.message_bytes} bytes of buffers, {sent:.0f} are meant"
+    fitting = [c.step_seconds for c in section.candidates if c.step_seconds is not None]
+    mine = [
+        c.step_seconds
+        for c in section.candidates
+        if (c.strategy, c.reshard_after_forward, c.unit_bytes)
+        == (section.strategy, section.reshard_after_forward, section.unit_bytes)
+    ]
+    if len(mine) != 1 or mine[0] is None:
+        yield "the decision is not among the candidates that fit"
+    elif mine[0] > min(fitting) * 1.001 * (1 + 1e-9):
+        yield f"a candidate of {min(fitting)} s is faster than the decision's {mine[0]} s"
+
+
+def _memory(plan: Plan, section: DensePlan) -> Iterator[str]:
+    """A rank's share of weights, gradients and state, and one gathered copy where weights are kept gathered."""
+    if plan.mode != "train":
+        return
+    share = plan.model.dense_params * _COPY / section.shard
+    if section.shard > 1 and not section.reshard_after_forward:
+        share += plan.model.dense_params * nbytes(plan.workload.compute_dtype)
+    for entry in plan.memory:
+        claimed = sum(size for purpose, size in entry.used.items() if purpose.startswith("dense"))
+        if claimed + _SLACK * len(entry.used) < share:
+            yield (
+                f"rank {entry.rank} claims {format_bytes(claimed)} for the dense part, its share is {format_bytes(share)}"
+            )
+            return
+
+
+def _groups(plan: Plan, sparse: SparseReplicas) -> Iterator[str]:
+    if plan.world_size % sparse.groups:
+        yield f"{sparse.groups} groups do not divide {plan.world_size} ranks"
+        return
+    if sparse.groups == 1:
+        if sparse.tables:
+            yield "one group has a sharding of its own"
+        return
+    ranks = plan.world_size // sparse.groups
+    held = {table.name: table for table in sparse.tables}
+    for name in sorted(set(plan.tables) ^ set(held)):
+        yield f"table {name!r} is in the plan or in its groups only"
+    copy = 0.0
+    for table in plan.table_plans:
+        found = held.get(table.name)
+        if found is not None:
+            yield from _columns(found, table.dim, ranks)
+            copied = found.sharding_type == "data_parallel"
+            copy += 0.0 if copied else table.rows * table.dim  # no table type is narrower than a byte
+    if sparse.extra_bytes < copy * (sparse.groups - 1) / plan.world_size - _SLACK:
+        yield (
+            f"{sparse.groups} copies of {copy:.0f} elements add {sparse.extra_bytes} bytes a rank, fewer than elements"
+        )
+
+
+def _columns(table: GroupTable, dim: int, ranks: int) -> Iterator[str]:
+    reached = 0
+    for col, cols, rank in sorted(table.columns):
+        if col != reached:
+            yield f"columns of {table.name!r} are not covered once at {col} in a group"
+        reached = col + cols
+        if not -1 <= rank < ranks or (rank < 0) != (table.sharding_type == "data_parallel"):
+            yield f"{table.name!r} lies on rank {rank} of a group of {ranks}"
+    if reached != dim:
+        yield f"{reached} of the {dim} columns of {table.name!r} are covered in a group"
