@@ -20,6 +20,7 @@ from ir.topology import Topology
 from ir.workload import Workload
 from planner.decoders import decoder_inputs, decoder_pipeline
 from planner.plan import Plan
+from planner.serving import serving_inputs, serving_pipeline
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +117,8 @@ def compile(
     captured, own_workload = _capture(model, name, example_inputs)
     notes: tuple[str, ...] = ()
     if isinstance(captured, DecoderModel):
-        captured, work = decoder_inputs(captured, workload, own_workload, mode)
+        inputs = decoder_inputs if mode == "train" else serving_inputs
+        captured, work = inputs(captured, workload, own_workload, mode)
     else:
         work, notes = _workload(workload, own_workload, captured, machine)
     program = Program(
@@ -127,7 +129,8 @@ def compile(
         warnings=notes,
     )
     if passes is None:
-        stages = decoder_pipeline if isinstance(captured, DecoderModel) else pipeline
+        served = serving_pipeline if mode == "inference" else decoder_pipeline
+        stages = served if isinstance(captured, DecoderModel) else pipeline
         passes = stages(_calibration(calibration, topology))
     if program.options.constraints.towers is not None:
         from planner.towers import price_over_arch

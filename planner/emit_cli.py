@@ -10,7 +10,7 @@ from codegen.emission import Emission
 from ir.errors import InputError
 from ir.plan import Plan, write_atomically
 
-TARGETS = ("torchtitan", "megatron", "accelerate")
+TARGETS = ("torchtitan", "megatron", "accelerate", "vllm")
 """Targets that give an :class:`codegen.emission.Emission`."""
 
 
@@ -19,11 +19,13 @@ def emission(plan: Plan, target: str) -> Emission:
     from codegen.accelerate import emit_accelerate
     from codegen.megatron import emit_megatron
     from codegen.torchtitan import emit_torchtitan
+    from codegen.vllm import emit_vllm
 
     emitters: dict[str, Callable[[Plan], Emission]] = {
         "torchtitan": emit_torchtitan,
         "megatron": emit_megatron,
         "accelerate": emit_accelerate,
+        "vllm": emit_vllm,
     }
     if target not in emitters:
         raise InputError(f"there is no target {target!r} for decoders; choose one of {', '.join(emitters)}")

@@ -11,6 +11,7 @@ from ir.units import format_bytes, format_count, format_seconds
 from planner.llm_render import explain_llm, explain_llm_rank
 from planner.render import grid, percent, signed, summary, table_list
 from planner.sections import render_sections
+from planner.serving_render import explain_serving
 from planner.storage_render import storage_lines
 
 
@@ -26,6 +27,8 @@ def explain_plan(plan: Plan, limit: int = 20) -> RenderableType:
     """Summary, the costliest tables, the fullest and the busiest ranks, and the assumptions."""
     if plan.decisions.parallelism is not None:
         return explain_llm(plan)
+    if plan.decisions.serving is not None:
+        return explain_serving(plan)
     return Group(
         summary(plan),
         Text(),

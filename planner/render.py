@@ -56,6 +56,10 @@ def summary(plan: ir.plan.Plan, events: bool = True) -> RenderableType:
         from planner.llm_render import llm_summary
 
         return llm_summary(plan, events)
+    if plan.decisions.serving is not None:
+        from planner.serving_render import serving_summary
+
+        return serving_summary(plan)
     parts: list[RenderableType] = [_headline(plan), Text()]
     if events and plan.timeline.events:
         parts += [Text("modelled step", style="bold"), timeline_chart(plan.timeline), Text()]

@@ -1,0 +1,120 @@
+"""Serving plans as text: the layout, both latencies and what they are made of, and which ring when."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ir.errors import InputError
+from ir.plan import Plan
+from ir.serving import Serving
+from ir.units import format_bytes, format_count, format_seconds
+from planner.render import grid, percent
+
+
+def serving_of(plan: Plan) -> Serving:
+    """The section; raises InputError where the plan has none."""
+    made = plan.decisions.serving
+    if made is None:
+        raise InputError(f"the plan of {plan.model.name} does not serve a decoder")
+    return made
+
+
+def serving_summary(plan: Plan) -> RenderableType:
+    """One screen: the layout, the latencies, memory, the exchange, the next layouts."""
+    made, topology = serving_of(plan), plan.topology
+    request, chosen = made.request, made.chosen
+    targets = [
+        f"{name} at most {format_seconds(value)}"
+        for name, value in (("ttft", request.ttft), ("ttit", request.ttit))
+        if value is not None
+    ]
+    rows = [
+        (
+            "plan",
+            f"{plan.model.name} on {topology.name} ({topology.hosts} hosts x {topology.host_size} "
+            f"{topology.device.name}), {plan.mode}",
+        ),
+        (
+            "request",
+            f"{request.new:,} new tokens after {request.cached:,} cached, {request.batch} sequences decoded together; "
+            + (", ".join(targets) or "no latency target"),
+        ),
+        ("layout", f"{chosen.layout.label}: {chosen.layout.ranks} devices, {made.replicas} replicas"),
+        (
+            "attention",
+            f"{chosen.exchange} for this request" if chosen.layout.context > 1 else "on each device alone",
+        ),
+        ("ttft", f"{format_seconds(chosen.ttft)} modelled"),
+        ("ttit", f"{format_seconds(chosen.ttit)} modelled"),
+        (
+            "certificate",
+            f"the fewest devices: {made.evaluated:,} layouts priced, {made.too_large:,} too large, "
+            f"{made.too_slow:,} too slow",
+        ),
+        (
+            "memory",
+            f"{format_bytes(chosen.memory)} of {format_bytes(plan.memory[0].limit)} usable; sequences of up to "
+            f"{format_count(made.longest)} tokens fit",
+        ),
+        ("digest", plan.digest.removeprefix("sha256:")[:16]),
+    ]
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, Text(text))
+    return Group(table, Text(), Text("layouts", style="bold"), _layouts(made))
+
+
+def _layouts(made: Serving) -> RenderableType:
+    table = grid("layout", ">devices", "attention", ">ttft", ">ttit", ">memory", "against the chosen one")
+    for one in (made.chosen, *made.alternatives):
+        table.add_row(
+            one.layout.label,
+            str(one.layout.ranks),
+            one.exchange,
+            format_seconds(one.ttft),
+            format_seconds(one.ttit),
+            format_bytes(one.memory),
+            one.note or "chosen",
+        )
+    return table
+
+
+def render_serving(plan: Plan) -> RenderableType:
+    """What both latencies and the memory are made of, and the decision table."""
+    made = serving_of(plan)
+    terms = grid("term", ">to the first token", ">between tokens")
+    for name in dict.fromkeys((*made.prefill, *made.decode)):
+        cells = [
+            format_seconds(part[name]) if part.get(name) else "-" for part in (made.prefill, made.decode)
+        ]
+        terms.add_row(name, *cells)
+    memory = grid("memory of a device", ">bytes", ">share")
+    for name, size in made.memory.items():
+        memory.add_row(name, format_bytes(size), percent(size, made.chosen.memory))
+    parts: list[RenderableType] = [terms, Text(), memory]
+    if made.crossovers:
+        table = grid(">tokens in all", ">pass-KV from so many new", "whole prompt", "one token")
+        for row in made.crossovers:
+            start = "never" if row.pass_kv_from is None else f"{row.pass_kv_from:,}"
+            table.add_row(f"{row.total:,}", start, row.full, row.one)
+        parts += [Text(), Text("attention over context ranks, by request", style="bold"), table]
+    return Group(*parts)
+
+
+def explain_serving(plan: Plan) -> RenderableType:
+    """The summary, the terms, the decision table and the assumptions."""
+    assumed = grid("name", "value", "source")
+    for assumption in plan.assumptions:
+        assumed.add_row(assumption.name, assumption.value, assumption.source)
+    return Group(
+        serving_summary(plan),
+        Text(),
+        render_serving(plan),
+        Text(),
+        Text("assumptions", style="bold"),
+        assumed,
+    )
