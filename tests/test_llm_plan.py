@@ -174,11 +174,6 @@ def test_a_batch_alone_counts_sequences(model: DecoderModel) -> None:
     assert made.workload.llm == LlmWorkload(8192, 64 * 8192)
 
 
-def test_serving_is_refused_clearly(model: DecoderModel) -> None:
-    with pytest.raises(InputError, match="only training"):
-        planner.compile(model, "h100-4x8", mode="inference")
-
-
 def test_pins_hold_and_free_search_is_at_least_as_fast(model: DecoderModel) -> None:
     free, pinned = (
         section(compiled(model, None)),
