@@ -275,6 +275,11 @@ def explain(plan: str, table: str | None, rank: int | None, show_all: bool, as_j
                 if loaded.decisions.parallelism is not None
                 else {}
             ),
+            **(
+                {"serving": dump_record(loaded.decisions.serving)}
+                if loaded.decisions.serving is not None
+                else {}
+            ),
         }
     if as_json:
         click.echo(json.dumps(data))
@@ -335,7 +340,9 @@ def verify(plan: str, model: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("plan", type=click.Path())
-@click.option("--topology", "-t", help="Compile first: PLAN is a model (llama-tiny) and this its machine (local-4).")
+@click.option(
+    "--topology", "-t", help="Compile first: PLAN is a model (llama-tiny) and this its machine (local-4)."
+)
 @click.option("--constraints", "-c", type=click.Path(), help="With --topology: as of planner compile.")
 @click.option("--nproc", type=int, help="Processes; default and only value: the ranks of the plan.")
 @click.option("--model", "model", help="The model; default the one that was compiled, by name.")
@@ -360,7 +367,9 @@ def run(
     """Train a few steps of PLAN on real gloo processes and compare with the unsharded model."""
     from planner.run_llm import compiled_for_run, run_decoder_plan
 
-    loaded = _load(plan) if topology is None else compiled_for_run(plan, topology, _read_constraints(constraints))
+    loaded = (
+        _load(plan) if topology is None else compiled_for_run(plan, topology, _read_constraints(constraints))
+    )
     if loaded.decisions.parallelism is not None:
         run_decoder_plan(loaded, model, steps, lr, seed, as_json)
         return

@@ -124,7 +124,7 @@ def test_verifier_finds_what_is_wrong(big: DecoderModel) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 10**6), st.integers(0, 10**6), st.sampled_from([1, 2, 4, 8, 16]))
 def test_latencies_behave(new: int, cached: int, context: int) -> None:
-    """More work never takes less time; TCP is never faster than RDMA; each exchange is at best the chosen."""
+    """More work never takes less time, and TCP is never faster than RDMA."""
     one = layout(8, context)
     server, slow = Server(LLAMA, RDMA), Server(LLAMA, TCP, replace(ServingRates(), **TCP_SHARE))
     exchange = server.exchange(one, new, cached)
