@@ -14,6 +14,8 @@ from ortools.linear_solver import pywraplp
 
 from ir.errors import InfeasibleError
 
+RESCALINGS = 6  # solves with the objective scaled to the last solution
+
 
 @dataclass(frozen=True, slots=True)
 class KnapsackOption:
@@ -40,25 +42,41 @@ def solve_knapsack(members: Sequence[Sequence[KnapsackOption]], budgets: Sequenc
         InfeasibleError: the least costs together exceed a budget.
     """
     relaxed = _program(members, budgets, "GLOP")
-    exact = _program(members, budgets, "SCIP")
     relaxed[0].Solve()
-    exact[0].SetSolverSpecificParametersAsString("limits/gap = 1e-7\nlimits/nodes = 100000\n")
-    status = exact[0].Solve()
-    if status not in (pywraplp.Solver.OPTIMAL, pywraplp.Solver.FEASIBLE):
+    prices = tuple(
+        max(0.0, -row.dual_value()) * relaxed[3] / max(b, 1e-300)
+        for row, b in zip(relaxed[2], budgets, strict=True)
+    )
+    choice, value, bound = _whole(members, budgets)
+    for _ in range(RESCALINGS):
+        # an option dearer than the whole solution is in no better one; without it the solver sees more digits
+        kept = [[i for i, o in enumerate(options) if o.objective <= value * (1 + 1e-9)] for options in members]
+        fewer = [[options[i] for i in keep] for options, keep in zip(members, kept, strict=True)]
+        again, better, bound = _whole(fewer, budgets)
+        settled = better >= value * (1 - 1e-9)
+        if better <= value:
+            choice, value = [keep[i] for keep, i in zip(kept, again, strict=True)], better
+        if settled:
+            break
+    return Knapsack(tuple(choice), value, min(value, bound), prices)
+
+
+def _whole(
+    members: Sequence[Sequence[KnapsackOption]], budgets: Sequence[float]
+) -> tuple[list[int], float, float]:
+    """(choice, value, bound) of the whole-number program; raises InfeasibleError."""
+    solver, x, _, scale = _program(members, budgets, "SCIP")
+    solver.SetSolverSpecificParametersAsString("limits/gap = 1e-9\nlimits/nodes = 100000\n")
+    if solver.Solve() not in (pywraplp.Solver.OPTIMAL, pywraplp.Solver.FEASIBLE):
         raise InfeasibleError(
             "no choice of formats keeps every budget; raise a budget or allow other formats",
             conflict=("formats.max_loss", "formats.average_bits", "formats.max_bytes"),
             relaxation="a larger budget",
         )
-    scale = relaxed[3]
-    choice = tuple(max(range(len(row)), key=lambda i: float(row[i].solution_value())) for row in exact[1])
+    values = [[float(variable.solution_value()) for variable in row] for row in x]
+    choice = [row.index(max(row)) for row in values]
     value = sum(options[i].objective for options, i in zip(members, choice, strict=True))
-    prices = tuple(
-        max(0.0, -row.dual_value()) * scale / max(b, 1e-300)
-        for row, b in zip(relaxed[2], budgets, strict=True)
-    )
-    bound = float(exact[0].Objective().BestBound()) * scale
-    return Knapsack(choice, value, min(value, bound), prices)
+    return choice, value, float(solver.Objective().BestBound()) * scale
 
 
 def _program(
