@@ -50,7 +50,9 @@ def solve_knapsack(members: Sequence[Sequence[KnapsackOption]], budgets: Sequenc
     choice, value, bound = _whole(members, budgets)
     for _ in range(RESCALINGS):
         # an option dearer than the whole solution is in no better one; without it the solver sees more digits
-        kept = [[i for i, o in enumerate(options) if o.objective <= value * (1 + 1e-9)] for options in members]
+        kept = [
+            [i for i, o in enumerate(options) if o.objective <= value * (1 + 1e-9)] for options in members
+        ]
         fewer = [[options[i] for i in keep] for options, keep in zip(members, kept, strict=True)]
         again, better, bound = _whole(fewer, budgets)
         settled = better >= value * (1 - 1e-9)
