@@ -31,7 +31,8 @@ def run_worker(cluster: Cluster, worker: Path, settings: Mapping[str, Any], time
     for line in result.logs[0].splitlines():
         if MARK in line:
             return json.loads(line.split(MARK, 1)[1])
-    raise SystemExit(f"{worker.name} failed on the cluster:\n{result.output[-4000:]}")
+    said = result.logs[0] or result.output  # torchrun adds pages of its own at the end
+    raise SystemExit(f"{worker.name} failed on the cluster:\n{said[-4000:]}")
 
 
 def calibrate(cluster: Cluster, path: Path, repeats: int = 3) -> tuple[Topology, Calibration]:

@@ -89,7 +89,8 @@ class Criteo:
 
     def batches(self, size: int, steps: int) -> Iterator[np.ndarray]:
         """No sample is seen twice."""
-        self.samples = self.stream.samples(size * steps + self.test, self.seed)
+        if self.samples is None:  # the same for every variant
+            self.samples = self.stream.samples(size * steps + self.test, self.seed)
         for step in range(steps):
             yield np.arange(self.test + step * size, self.test + (step + 1) * size)
 

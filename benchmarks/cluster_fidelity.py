@@ -1,6 +1,6 @@
 """Predicted against measured step time of twelve plans, on the emulated cluster at three link speeds.
 
-    python benchmarks/cluster_fidelity.py [--quick] [--json] [--inter 100Mbps,300Mbps,1Gbps]
+    python benchmarks/cluster_fidelity.py [--quick] [--json] [--inter 150Mbps,400Mbps,1Gbps]
 
 At each speed the cluster (2 hosts x 2 ranks) is calibrated once with `planner calibrate`; then a DLRM is compiled
 under constraints that force twelve kinds of plan, and all of them train in turns on the same batches.
@@ -38,7 +38,7 @@ from ir.workload import Workload
 
 HOSTS, RANKS = 2, 2
 BATCH = 512  # samples a rank
-SPEEDS = ("100Mbps", "300Mbps", "1Gbps")
+SPEEDS = ("150Mbps", "400Mbps", "1Gbps")
 WORKER = Path(__file__).with_name("_fidelity_worker.py")
 BIG, SMALL = "t_f[0-4]", "t_f[5-7]"
 EXCHANGED: tuple[ShardingType, ...] = ("table_wise", "column_wise", "table_column_wise", "data_parallel")
@@ -156,7 +156,7 @@ def at_speed(
     with tempfile.TemporaryDirectory() as folder, Cluster(HOSTS, RANKS, inter) as cluster:
         topology, calibration = calibrate(cluster, Path(folder) / f"cluster-{inter}.yaml")
         plans = compiled(topology, calibration, work, traffic)
-        measured = measure(cluster, plans, *((2, 3) if quick else (3, 5)))
+        measured = measure(cluster, plans, *((1, 4) if quick else (3, 4)))
     predicted = {name: plan.timeline.step for name, plan in plans.items()}
     errors = []
     for name in plans:

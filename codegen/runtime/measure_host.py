@@ -21,7 +21,7 @@ from ir.sharding import row_blocks
 _SIZE = 512  # of the product; a millisecond or two, long beside a wake-up
 _FEW, _MANY = 2, 10  # tables
 _ROWS, _DIM, _SAMPLES = 64, 16, 8  # of each table and of each rank's batch: nothing to speak of
-_WARM_UP, _STEPS = 3, 12
+_WARM_UP, _STEPS = 3, 20
 
 
 def core_sharing(rank: Rank, repeats: int) -> float:
