@@ -10,6 +10,7 @@ help:
 	@echo "make test    install and run the test suite"
 	@echo "make lint    ruff, mypy --strict, import direction"
 	@echo "make bench   run every benchmark and write docs/benchmarks.md"
+	@echo "make docs    build the site into docs/_build/html; a warning is an error"
 
 .venv: $(INSTALLED)
 
@@ -18,7 +19,7 @@ help:
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet -e ".[torchrec-cpu,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[torchrec-cpu,dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-deps "torchrec==1.8.0" "recbole==1.2.1"
 	@touch $@
 
@@ -41,5 +42,9 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.all
 
+docs: $(INSTALLED)
+	@$(BIN)/sphinx-build -q -W -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache build dist
