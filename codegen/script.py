@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codegen.collectives import advice, bucket_mib
+from codegen.dense import group_plan, script_values
 from codegen.torchrec import in_torchrec_order
 from codegen.torchrec_check import check, collections_of, locate
 from ir.errors import InputError
@@ -50,6 +51,7 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
     why_cpu = _needs_cpu(module)
     dense, arguments = _inputs(module, inputs)
     collections = collections_of(module)
+    entire, plan = plan, group_plan(plan)
     tables = []
     for table in plan.table_plans:
         collection, config = locate(table, collections)
@@ -67,11 +69,11 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
     )
     return environment.get_template("torchrec.py.j2").render(
         model_name=_plain(plan.model.name),
-        world_size=plan.world_size,
-        hosts=plan.topology.hosts,
-        host_size=plan.topology.host_size,
-        global_batch=plan.workload.global_batch,
-        digest=plan.digest,
+        world_size=entire.world_size,
+        hosts=entire.topology.hosts,
+        host_size=entire.topology.host_size,
+        global_batch=entire.workload.global_batch,
+        digest=entire.digest,
         needs="" if ":" in model else ", and planner for its zoo",
         features=_features(plan),
         tables=tables,
@@ -88,6 +90,7 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         lr=_DEFAULT_LR,
         bucket_mib=bucket_mib(plan),
         advice=advice(plan),
+        **script_values(entire),
     )
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from codegen.collectives import send_scheduled
 from codegen.compressed import sharders
-from codegen.dense import dense_wrapper
+from codegen.dense import dense_wrapper, group_plan, groups_of
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
 from codegen.torchrec_formats import set_formats
 from codegen.torchrec_tiers import check_tiers, tier_kernel, tier_notes, tier_parameters
@@ -107,6 +107,7 @@ class ShardedModel:
 
     module: Any  # torchrec.distributed.DistributedModelParallel
     optimizers: tuple[torch.optim.Optimizer, ...]  # of what is not fused
+    after_step: Callable[[], None] | None = None  # synchronises groups of replicated tables
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass on this rank's slice of the batch."""
@@ -121,6 +122,8 @@ class ShardedModel:
         """Apply the gradients of the backward pass that has just run."""
         for optimizer in self.optimizers:
             optimizer.step()
+        if self.after_step is not None:
+            self.after_step()
 
 
 def sharded_model(
@@ -165,11 +168,14 @@ def sharded_model(
     from torchrec.distributed import DistributedModelParallel
     from torchrec.distributed.types import ShardingEnv
 
+    from codegen.runtime.dense.groups import TableSync, make_groups, on_global_ranks
     from codegen.runtime.optimizers import dense_counterpart, fused_optimizer
 
     group = process_group if process_group is not None else dist.group.WORLD
     name: Optimizer = optimizer or plan.workload.optimizer
     check_environment(plan, dist.get_world_size(group), os.environ)
+    entire, plan, replicas = plan, group_plan(plan), groups_of(plan)
+    groups = make_groups(replicas.groups) if replicas is not None else None
     check(plan, module, device=device, optimizer=name)
     check_tiers(plan, device=device, optimizer=name)
     for note in (*notes(plan, name), *tier_notes(plan)):
@@ -177,6 +183,8 @@ def sharded_model(
     collections = collections_of(module)
     set_formats(plan, module, collections, device)
     decided = sharding_plan(plan, collections, device, storage)
+    if groups is not None:
+        decided = on_global_ranks(decided, groups.first)
     fused, arguments = fused_optimizer(name, lr, eps)
     places = {table.name: locate(table, collections) for table in plan.table_plans}
     for table in plan.table_plans:
@@ -188,13 +196,13 @@ def sharded_model(
     target = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     wrapped = DistributedModelParallel(
         module,
-        env=ShardingEnv.from_process_group(group),
+        env=ShardingEnv.from_process_group(groups.shards if groups is not None else group),
         device=target,
         plan=decided,
         sharders=sharders(plan, device),
-        data_parallel_wrapper=dense_wrapper(plan),
+        data_parallel_wrapper=dense_wrapper(entire, group if groups is not None else None),
     )
-    send_scheduled(plan, wrapped, group)
+    send_scheduled(entire, wrapped, group)
     if kept is not None:
         # TorchRec draws new weights for the shards of a table on the CPU; give it back its own
         load_weights(wrapped, kept)
@@ -202,7 +210,10 @@ def sharded_model(
         f"{c.path}.".lstrip(".") + f"{c.parameters}.{config.name}.weight" for c, config in places.values()
     }
     dense = (dense_optimizer or dense_counterpart(name), dense_lr or lr)
-    return ShardedModel(wrapped, _ordinary_optimizers(wrapped, names, (name, lr), dense, eps))
+    sync = None
+    if groups is not None and replicas is not None:
+        sync = TableSync(wrapped, groups, sorted(names), replicas.sync_every)
+    return ShardedModel(wrapped, _ordinary_optimizers(wrapped, names, (name, lr), dense, eps), sync)
 
 
 def load_weights(wrapped: Any, weights: Mapping[str, Any]) -> None:

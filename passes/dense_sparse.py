@@ -9,6 +9,7 @@ those of a machine of T/M ranks; the dense part stays parallel over all T ranks.
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from cost_models.dense_prices import sharded_dense
 from cost_models.embedding import PHASES, phase_overheads
 from cost_models.placed import rank_memory, rank_seconds
 from cost_models.step import step_timeline
+from ir.constraints import Constraints, ShardingType
 from ir.dense_plan import DensePlan, DenseRequest, GroupTable, SparseCandidate, SparseReplicas
 from ir.errors import InfeasibleError, InputError
 from ir.plan import TablePlan
@@ -28,6 +30,7 @@ from passes.compression import compressed_phases
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
 
+_KINDS: tuple[ShardingType, ...] = ("data_parallel", "table_wise", "column_wise", "row_wise")
 WORTH = 1e-3  # of the step: below, the flat sharding stays
 
 
@@ -103,6 +106,7 @@ def _group(program: Program, groups: int) -> Program:
     workload = replace(program.workload, global_batch=program.workload.global_batch // groups)
     return replace(
         program,
+        options=replace(program.options, constraints=_rules(program)),
         topology=machine,
         workload=workload,
         tables=None,
@@ -110,6 +114,17 @@ def _group(program: Program, groups: int) -> Program:
         memory=None,
         timeline=None,
     )
+
+
+def _rules(program: Program) -> Constraints:
+    """The user's rules without sharding by hosts, whose process groups TorchRec makes over all ranks."""
+    asked = program.options.constraints
+    own = {}
+    for table in program.model.tables:
+        rule = asked.for_table(table.name)
+        kinds = tuple(kind for kind in rule.sharding_types or _KINDS if kind in _KINDS)
+        own[glob.escape(table.name)] = replace(rule, sharding_types=kinds or _KINDS)
+    return replace(asked, tables=own)
 
 
 def _weigh(program: Program, request: DenseRequest, calibration: Calibration) -> SparseReplicas:

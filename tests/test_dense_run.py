@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torchrec.distributed.model_parallel import DMPCollection
 
 import planner
 from codegen.runtime.compare import run_plan
 from codegen.runtime.launch import launch
+from codegen.script import emit_torchrec
 from cost_models.dense import DenseLayout, message_bytes
 from ir.constraints import Constraints
-from ir.dense_plan import DenseRequest
+from ir.dense_plan import DenseRequest, GroupTable
 from ir.errors import InputError
 from ir.plan import Plan
 from ir.workload import Workload
@@ -67,3 +72,44 @@ def test_another_world_is_refused() -> None:
 
     with pytest.raises((LaunchError, InputError), match="splits the dense part over 4 x 1 ranks, 2 run"):
         launch(f"{TARGETS}:messages", 2, {"shard": 4, "replicas": 1, "reshard": False})
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_groups_of_tables_train_as_the_unsharded_model(strategy: Any) -> None:
+    """Two groups of two ranks; SGD and a synchronisation every step are exact."""
+    plan = compiled("dlrm-small", 1, 4, strategies=(strategy,), sparse_groups=(2,), sync_every=1)
+    dense = plan.decisions.dense
+    assert dense is not None
+    assert dense.sparse is not None
+    tables = tuple(
+        GroupTable(table.name, "row_wise", ((0, table.dim, 0),))
+        if i % 2
+        else GroupTable(table.name, "table_wise", ((0, table.dim, i // 2 % 2),))
+        for i, table in enumerate(plan.table_plans)
+    )
+    sparse = replace(dense.sparse, groups=2, tables=tables, sync_every=1)
+    grouped = replace(plan, decisions=replace(plan.decisions, dense=replace(dense, sparse=sparse)))
+    result = run_plan(grouped, "planner.zoo:build", ("dlrm-small",), {"device": "cpu"}, steps=1, lr=0.1)
+    assert result.outputs.absolute < 1e-5
+    assert result.weights.absolute < 1e-5
+
+
+def test_the_script_of_groups_is_for_gpus() -> None:
+    """TorchRec's own 2D wrapper, with groups of two ranks; on a CPU topology it is refused."""
+    plan = compiled("dlrm-small", 1, 4, strategies=("ddp",), sparse_groups=(2,), sync_every=5)
+    dense = plan.decisions.dense
+    assert dense is not None
+    assert dense.sparse is not None
+    tables = tuple(GroupTable(t.name, "row_wise", ((0, t.dim, 0),)) for t in plan.table_plans)
+    sparse = replace(dense.sparse, groups=2, tables=tables)
+    grouped = replace(plan, decisions=replace(plan.decisions, dense=replace(dense, sparse=sparse)))
+    with pytest.raises(InputError, match="2 groups of tables on GPUs only"):
+        emit_torchrec(grouped, "dlrm-small")
+    gpu = replace(plan.topology, device=replace(plan.topology.device, kind="gpu"))
+    tree = ast.parse(emit_torchrec(replace(grouped, topology=gpu), "dlrm-small"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "DMPCollection"]
+    accepted = inspect.signature(DMPCollection.__init__).parameters
+    assert {str(keyword.arg) for keyword in calls[0].keywords} <= set(accepted)
+    constants = {ast.unparse(n.targets[0]): n.value for n in tree.body if isinstance(n, ast.Assign)}
+    assert ast.unparse(constants["GROUP_SIZE"]) == "2"
+    assert ast.unparse(constants["SYNC_EVERY"]) == "5"

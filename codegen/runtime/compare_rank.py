@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from codegen.dense import groups_of
 from codegen.runtime.batches import Batch, RandomBatches
 from codegen.runtime.compare import DENSE_LR, DENSE_OPTIMIZER, EPS, Difference
 from codegen.runtime.gather import gather_rows, mean_over_ranks, whole_weights
@@ -71,7 +72,8 @@ def train_and_compare(
         losses.append(mean_over_ranks(loss))
         if place.rank == 0:
             place.report([step, losses[-1]])
-    weights = whole_weights(sharded.module)
+    replicas = groups_of(decided)
+    weights = whole_weights(sharded.module, replicas.groups if replicas is not None else 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     answer: dict[str, Any] = {
         "seconds": seconds,

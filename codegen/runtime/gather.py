@@ -32,8 +32,10 @@ def mean_over_ranks(value: Tensor) -> float:
     return float(total) / dist.get_world_size()
 
 
-def whole_weights(wrapped: Any) -> dict[str, Tensor]:
+def whole_weights(wrapped: Any, copies: int = 1) -> dict[str, Tensor]:
     """All weights of a ``DistributedModelParallel``, whole, on every rank, by their names before sharding.
+
+    ``copies`` ranks hold each shard; their mean counts.
 
     Raises:
         InputError: the shards that TorchRec really made do not hold each weight exactly once.
@@ -56,9 +58,9 @@ def whole_weights(wrapped: Any) -> dict[str, Tensor]:
             holders[place] += 1
         dist.all_reduce(total)
         dist.all_reduce(holders)
-        if not bool((holders == 1).all()):
+        if not bool((holders == copies).all()):
             raise InputError(
-                f"{name} is not held exactly once by the shards that TorchRec made; this is a bug"
+                f"{name} is not held exactly {copies} times by the shards that TorchRec made; this is a bug"
             )
-        whole[name] = total
+        whole[name] = total / copies
     return whole

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.model_parallel import DataParallelWrapper
+from torchrec.distributed.model_parallel import DataParallelWrapper, DefaultDataParallelWrapper
+from torchrec.distributed.types import ShardingEnv
 
 from codegen.runtime.dense.shard import dense_mesh, shard_dense
 
@@ -22,6 +23,7 @@ class ShardedDataParallel(DataParallelWrapper):  # type: ignore[misc]
     replicas: int
     reshard_after_forward: bool
     compute_dtype: torch.dtype | None = None
+    group: Any = None  # over whose ranks; default: those of the tables
 
     def wrap(self, dmp: Any, env: Any, device: torch.device) -> None:
         """Split what TorchRec has not sharded; called once, when all weights are allocated."""
@@ -35,8 +37,25 @@ class ShardedDataParallel(DataParallelWrapper):  # type: ignore[misc]
         shard_dense(
             module.to(device),
             self.units,
-            dense_mesh(self.shard, self.replicas, device.type, env.process_group),
+            dense_mesh(self.shard, self.replicas, device.type, self.group or env.process_group),
             reshard_after_forward=self.reshard_after_forward,
             ignored=ignored,
             compute_dtype=self.compute_dtype,
         )
+
+
+@dataclass
+class _OverGroup(DataParallelWrapper):  # type: ignore[misc]
+    """A wrapper of the dense part over other ranks than the tables'."""
+
+    inner: Any
+    group: Any
+
+    def wrap(self, dmp: Any, env: Any, device: torch.device) -> None:
+        """As ``inner`` does, over ``group``."""
+        self.inner.wrap(dmp, ShardingEnv.from_process_group(self.group), device)
+
+
+def over_group(wrapper: Any, group: Any) -> Any:
+    """``wrapper`` (None: TorchRec's own) for a dense part that is parallel over ``group``."""
+    return _OverGroup(wrapper if wrapper is not None else DefaultDataParallelWrapper(), group)
