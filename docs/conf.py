@@ -18,6 +18,7 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "shardwright"
 html_copy_source = False
+html_show_copyright = False
 
 
 def publish_schemas(app: Any, exception: Exception | None) -> None:

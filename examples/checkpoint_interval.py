@@ -15,12 +15,12 @@ from ir.plan import Assumption, Event, Timeline
 from ir.program import Program
 from passes.pipeline import pipeline
 
-# 419 unexpected interruptions in 54 days of a job on 16,384 GPUs: section 3.3.4 of arXiv 2407.21783
+# 419 unexpected interruptions of 16,384 GPUs in 54 days: arXiv 2407.21783, section 3.3.4
 GPU_SECONDS_PER_FAILURE = 16_384 * 54 * 86_400 / 419
 
 
 def overhead(interval: float, save: float, mtbf: float) -> float:
-    """Share of time lost to saving (seconds ``save``) and to repeating half an interval (Young 1974)."""
+    """Share of time lost to saves of ``save`` seconds and to work done again (Young 1974)."""
     return save / interval + interval / (2 * mtbf)
 
 
@@ -31,21 +31,22 @@ def best_interval(save: float, mtbf: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInterval:
-    """Adds the cost of checkpoints to the step; ``bandwidth`` is what each rank writes, bytes/s."""
+    """Adds the cost of checkpoints to the step; each rank writes ``bandwidth`` bytes/s."""
 
     name: ClassVar[str] = "checkpoint"
     bandwidth: float
 
     def run(self, program: Program) -> Program:
-        """The program with a longer step; raises InputError where the memory or step pass has not run."""
+        """The program with a longer step; raises InputError before memory and step."""
         if program.memory is None or program.timeline is None:
             raise InputError("pass checkpoint needs memory and step: put it after them")
-        kept = ("weights", "optimizer", "dense")
-        save = max(sum(rank.used.get(use, 0) for use in kept) for rank in program.memory) / self.bandwidth
+        kept = ("weights", "optimizer", "dense_weights", "dense_optimizer")
+        state = max(sum(rank.used.get(use, 0) for use in kept) for rank in program.memory)
+        save = state / self.bandwidth
         mtbf = GPU_SECONDS_PER_FAILURE / program.topology.world_size
         every, step = best_interval(save, mtbf), program.timeline.step
         lost = step * overhead(every, save, mtbf)
-        event = Event("checkpoint", "compute", step, lost, critical=True, terms={"save": step * save / every})
+        event = Event("checkpoint", "compute", step, lost, critical=True)
         source = f"Young 1974: {save:.2f} s to save, mtbf {mtbf:.0f} s"
         said = Assumption("checkpoint_every", f"{every:.0f} s", source)
         return replace(
