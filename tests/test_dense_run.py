@@ -89,7 +89,8 @@ def test_groups_of_tables_train_as_the_unsharded_model(strategy: Any) -> None:
     )
     sparse = replace(dense.sparse, groups=2, tables=tables, sync_every=1)
     grouped = replace(plan, decisions=replace(plan.decisions, dense=replace(dense, sparse=sparse)))
-    result = run_plan(grouped, "planner.zoo:build", ("dlrm-small",), {"device": "cpu"}, steps=1, lr=0.1)
+    # without the synchronisation weights are off by 1.6e-4 at this rate, outputs by 8e-5
+    result = run_plan(grouped, "planner.zoo:build", ("dlrm-small",), {"device": "cpu"}, steps=1, lr=5.0)
     assert result.outputs.absolute < 1e-5
     assert result.weights.absolute < 1e-5
 
