@@ -92,9 +92,10 @@ def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> R
     master = Master([len(menu.tables) for menu in menus], len(frame.phases), limits)
     index: list[tuple[int, int]] = []
     for c, menu in enumerate(menus):
+        made = [column(option, c, frame) for option in menu.options]
         fitting = [o for o, option in enumerate(menu.options) if _fits_alone(option, frame)]
-        for o in fitting or range(len(menu.options)):
-            master.add(column(menu.options[o], c, frame))
+        for o in fitting or range(len(made)):
+            master.add(made[o])
             index.append((c, o))
     value = master.solve()
     bound = -math.inf
@@ -148,10 +149,19 @@ def _limits(frame: Frame, menus: Sequence[Menu]) -> Limits:
 
 
 def _fits_alone(option: Option, frame: Frame) -> bool:
-    """Whether a rank has memory for the option's largest piece beside what it puts on every rank."""
-    everywhere = sum(p.memory * p.count for p in option.pieces if p.scope == "all")
-    largest = max((p.memory for p in option.pieces if p.scope != "all"), default=0.0)
-    return everywhere + largest <= frame.capacity
+    """Whether an empty rank takes the option's largest piece beside what it puts on every rank."""
+    step = frame.step if frame.step is not None else math.inf
+    limits = [step if s else limit for limit, s in zip(frame.limits, frame.stretched, strict=True)]
+    whole = [p for p in option.pieces if p.scope == "all"]
+    parts = [p for p in option.pieces if p.scope != "all"]
+    if sum(p.memory * p.count for p in whole) + max((p.memory for p in parts), default=0.0) > frame.capacity:
+        return False
+    return all(
+        sum(p.extra[e] * p.count for p in whole if p.extra)
+        + max((p.extra[e] for p in parts if p.extra), default=0.0)
+        <= limit
+        for e, limit in enumerate(limits)
+    )
 
 
 def column(option: Option, owner: int, frame: Frame) -> Column:
@@ -175,7 +185,7 @@ def solve_joint(
     """Choose and place under every limit; raises InfeasibleError when no placement is found."""
     if not frame.limits and not frame.budgets and stop_gap == 0.0:
         return _plain(frame, menus, relaxed, time_limit, seed, stop_gap)
-    kept = _kept(menus, relaxed)
+    kept = _kept(frame, menus, relaxed)
     best: Joint | None = None
     trials = 0
     for longer in LONGER if frame.step is None and any(frame.stretched) else (1.0,):
@@ -186,7 +196,8 @@ def solve_joint(
                 continue
             if best is None or found.step < best.step:
                 best = found
-            break
+            if frame.step is None or best.step <= frame.step:
+                break
         if best is not None and (best.step <= relaxed.bound * longer * (1 + 1e-6) or not _busy(frame, best)):
             break
     if best is None:
@@ -268,7 +279,7 @@ def _plain(
     return Joint(problem, found, frame.base + found.objective, relaxed)
 
 
-def _kept(menus: Sequence[Menu], relaxed: Relaxation) -> list[list[int]]:
+def _kept(frame: Frame, menus: Sequence[Menu], relaxed: Relaxation) -> list[list[int]]:
     """Columns of each class worth choosing from, by reduced cost.
 
     Those in use, the best of each kind of piece and of the fewest bytes (what packs when whole pieces do not),
@@ -279,8 +290,10 @@ def _kept(menus: Sequence[Menu], relaxed: Relaxation) -> list[list[int]]:
         used = relaxed.values[k] > 1e-9
         by_class[made.owner].append((-1.0 if used else Master.reduced(made, relaxed.duals), k))
     kept = []
-    for c, found in enumerate(by_class):
-        found.sort()
+    for c, every in enumerate(by_class):
+        # priced columns may be too large for any rank: they bound, but nobody can place them
+        found = [item for item in every if _fits_alone(menus[c].options[relaxed.index[item[1]][1]], frame)]
+        found = sorted(found or every)
         first: dict[str, int] = {}
         for _, k in found:
             first.setdefault(menus[c].options[relaxed.index[k][1]].pieces[0].scope, k)
