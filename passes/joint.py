@@ -329,7 +329,9 @@ def _traffic_programs(program: Program, request: FormatRequest | None) -> list[t
         set(menu.formats(name, "traffic", declared)) for name in ("traffic.forward", "traffic.backward")
     ]
     made = []
-    for name in ("fp32", "bf16", "fp16"):
+    # where compression is asked for, it chooses what travels
+    types = ("fp32", "bf16", "fp16") if program.options.constraints.compression is None else (declared,)
+    for name in types:
         if not all(name in names for names in offered):
             continue
         mean, square = 0.0, 0.0

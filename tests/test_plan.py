@@ -12,6 +12,7 @@ import pytest
 import planner
 from ir.errors import InputError
 from ir.program import Model
+from ir.reading import digest
 from ir.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,3 +109,14 @@ def test_saving_into_a_missing_folder_writes_nothing(
     with pytest.raises(InputError, match="cannot write"):
         plan.save(tmp_path / "no" / "plan.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_written_before_a_field_existed_still_loads() -> None:
+    """An older writer left out a field; its digest is over what it wrote."""
+    data = planner.compile("dlrm-small", "local-2").to_dict()
+    data.pop("digest")
+    data.pop("warnings")  # has a default, as every added field must
+    old = {**data, "digest": digest(data)}
+    assert planner.Plan.from_dict(old).to_dict()["warnings"] == []
+    with pytest.raises(InputError, match="does not match its digest"):
+        planner.Plan.from_dict({**old, "mode": "inference"})
