@@ -29,6 +29,7 @@ from ir.format_plan import FormatRequest, LossChange
 from ir.program import Program
 from ir.tier_plan import TierRequest
 from ir.units import format_bytes
+from ir.workload import ExchangeType
 from passes.assignment import Option
 from passes.assignment.joint import Frame, Joint, Menu, Relaxation, relax, solve_joint
 from passes.assignment.master import Duals
@@ -330,7 +331,8 @@ def _traffic_programs(program: Program, request: FormatRequest | None) -> list[t
     ]
     made = []
     # where compression is asked for, it chooses what travels
-    types = ("fp32", "bf16", "fp16") if program.options.constraints.compression is None else (declared,)
+    free = program.options.constraints.compression is None
+    types: tuple[ExchangeType, ...] = ("fp32", "bf16", "fp16") if free else (declared,)
     for name in types:
         if not all(name in names for names in offered):
             continue

@@ -92,10 +92,10 @@ def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> R
     master = Master([len(menu.tables) for menu in menus], len(frame.phases), limits)
     index: list[tuple[int, int]] = []
     for c, menu in enumerate(menus):
-        made = [column(option, c, frame) for option in menu.options]
+        columns = [column(option, c, frame) for option in menu.options]
         fitting = [o for o, option in enumerate(menu.options) if _fits_alone(option, frame)]
-        for o in fitting or range(len(made)):
-            master.add(made[o])
+        for o in fitting or range(len(columns)):
+            master.add(columns[o])
             index.append((c, o))
     value = master.solve()
     bound = -math.inf
