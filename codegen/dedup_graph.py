@@ -232,7 +232,9 @@ class _Rewrite:
     def _reshape_by_row(self, node: fx.Node) -> bool:
         sizes = node.args[1:]
         first = sizes[0][0] if sizes and isinstance(sizes[0], tuple | list) else (sizes[0] if sizes else None)
-        return bool(first == -1) and self._leading(node)  # a literal batch size would not fit the distinct rows
+        return bool(first == -1) and self._leading(
+            node
+        )  # a literal batch size would not fit the distinct rows
 
     def _slice_keeps_rows(self, node: fx.Node) -> bool:
         index = node.args[1]
