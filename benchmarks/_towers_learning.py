@@ -267,12 +267,14 @@ def accuracy(report: Report, name: str, data: Any, codec: tuple[str, float], see
             auc_difference=float(apart.mean()),
             standard_error=_error(apart),
         )
+    error = _error(area["flat"])
     sizes = " + ".join(str(len(group)) for group in groups)
     report.note(
         f"{name}: towers of {sizes} features, {data.compression:g} vectors to one, {seeds} seeds; SPTT without "
-        f"modules is the flat model; one standard error of the flat AUC over seeds: {_error(area['flat']) or 0:.4f}"
+        f"modules is the flat model; one standard error of the flat AUC over seeds: "
+        + (f"{error:.4f}" if error is not None else "unknown")
     )
-    allowed = max(0.002, _error(area["flat"]) or 0.0)
+    allowed = max(0.002, error or 0.0)
     for which, label in (("SPTT+TM", "modules"), ("SPTT+TM+codec", "codec")):
         report.claim(f"{name}_auc_loss_{label}", float((area["flat"] - area[which]).mean()), allowed, "<=")
     gain = area["SPTT+TM"] - area["random towers"]
