@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
+
+# a shell that starts the suite in the background has it ignore Ctrl-C, which the tests send to their children
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # one thread a process: the suite runs on two cores, beside gloo ranks of its own
 os.environ.setdefault("OMP_NUM_THREADS", "1")
