@@ -42,11 +42,12 @@ def solve_knapsack(members: Sequence[Sequence[KnapsackOption]], budgets: Sequenc
         InfeasibleError: the least costs together exceed a budget.
     """
     relaxed = _program(members, budgets, "GLOP")
-    relaxed[0].Solve()
-    prices = tuple(
-        max(0.0, -row.dual_value()) * relaxed[3] / max(b, 1e-300)
-        for row, b in zip(relaxed[2], budgets, strict=True)
-    )
+    prices = (0.0,) * len(budgets)
+    if relaxed[0].Solve() == pywraplp.Solver.OPTIMAL:
+        prices = tuple(
+            max(0.0, -row.dual_value()) * relaxed[3] / max(b, 1e-300)
+            for row, b in zip(relaxed[2], budgets, strict=True)
+        )
     choice, value, bound = _whole(members, budgets)
     for _ in range(RESCALINGS):
         # an option dearer than the whole solution is in no better one; without it the solver sees more digits

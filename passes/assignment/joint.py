@@ -83,6 +83,7 @@ class Joint:
     solution: Solution  # its objective is the sum of phases
     step: float  # seconds: the longer of base + phases and every stretched resource
     relaxed: Relaxation
+    start: tuple[int, ...] = ()  # the whole-number choice that polishing started from
     trials: int = 0
 
 
@@ -207,8 +208,12 @@ def solve_joint(
             conflict=("capacity", "tables"),
             relaxation="more capacity or bandwidth in some tier",
         )
+    start_problem = best.problem
     if not best.solution.extra.any() and best.step > _enough(frame, relaxed, stop_gap):
-        best = _resharded(frame, menus, best, time_limit, seed, stop_gap)
+        # with the budgets' shares that polishing came to, and those it started from
+        for choice in dict.fromkeys((best.solution.choice, best.start)):
+            costs = [start_problem.options[t][j].cost for t, j in enumerate(choice)]
+            best = _resharded(frame, menus, best, costs, time_limit, seed, stop_gap)
     return replace(best, trials=trials)
 
 
@@ -235,13 +240,18 @@ def _bare(options: Sequence[tuple[Option, ...]]) -> tuple[tuple[Option, ...], ..
 
 
 def _resharded(
-    frame: Frame, menus: Sequence[Menu], joint: Joint, time_limit: float, seed: int, stop_gap: float
+    frame: Frame,
+    menus: Sequence[Menu],
+    joint: Joint,
+    costs: Sequence[tuple[float, ...]],
+    time_limit: float,
+    seed: int,
+    stop_gap: float,
 ) -> Joint:
-    """The solver for sharding alone, with what each table takes of the budgets fixed; the better of both.
+    """The solver for sharding alone, with what each table takes of the budgets fixed; no worse than ``joint``.
 
     For solutions that use no further resource.
     """
-    costs = [joint.problem.options[t][j].cost for t, j in enumerate(joint.solution.choice)]
     options: list[tuple[Option, ...]] = [()] * len(costs)
     made: dict[tuple[int, tuple[float, ...]], tuple[Option, ...]] = {}
     for c, menu in enumerate(menus):
@@ -359,7 +369,8 @@ def _attempt(
         return None
     solution = _finish(problem, best, bound, work.work)
     busy = [float(solution.extra[:, e].max()) for e, stretched in enumerate(frame.stretched) if stretched]
-    return Joint(problem, solution, max([frame.base + solution.objective, *busy]), relaxed)
+    step = max([frame.base + solution.objective, *busy])
+    return Joint(problem, solution, step, relaxed, tuple(choice))
 
 
 def _finish(problem: Problem, best: Incumbent, bound: float, work: float) -> Solution:
