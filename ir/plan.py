@@ -49,6 +49,13 @@ class Shard:
     cols: Count
 
 
+def common_weights(one: Shard, other: Shard) -> int:
+    """Weights that two blocks of a table share."""
+    height = min(one.row + one.rows, other.row + other.rows) - max(one.row, other.row)
+    width = min(one.col + one.cols, other.col + other.cols) - max(one.col, other.col)
+    return max(0, height) * max(0, width)
+
+
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """An option that was not chosen, and what choosing it would do to the objective."""

@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ir.plan import EVERY_RANK, Shard, TablePlan
+from ir.plan import EVERY_RANK, TablePlan, common_weights
 from ir.program import Program
 
 _BY_RANK = frozenset({"table_wise", "column_wise", "table_column_wise"})
@@ -83,15 +83,8 @@ class Relabel:
                     if held.rank == EVERY_RANK:
                         continue  # every survivor has it: no place is better than another
                     if held.rank in place:
-                        shared[shard.rank, place[held.rank]] += common(shard, held)
+                        shared[shard.rank, place[held.rank]] += common_weights(shard, held)
         return shared
-
-
-def common(one: Shard, other: Shard) -> int:
-    """Weights that two blocks of a table share."""
-    height = min(one.row + one.rows, other.row + other.rows) - max(one.row, other.row)
-    width = min(one.col + one.cols, other.col + other.cols) - max(one.col, other.col)
-    return max(0, height) * max(0, width)
 
 
 def assign(worth: Overlap) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ir.plan import Plan, Shard, TablePlan
+from ir.plan import Plan, TablePlan, common_weights
 from ir.units import format_bytes, format_seconds
 from planner.llm_render import describe
 from planner.render import grid
@@ -82,16 +82,9 @@ def moved_bytes(old: TablePlan | None, new: TablePlan, world_size: int) -> int:
     moved = 0
     for rank in new.ranks(world_size):
         for shard in new.on_rank(rank):
-            held = sum(_common(shard, other) for other in old.on_rank(rank)) if old is not None else 0
+            held = sum(common_weights(shard, other) for other in old.on_rank(rank)) if old is not None else 0
             moved += shard.rows * shard.cols - held
     return moved * 4
-
-
-def _common(one: Shard, other: Shard) -> int:
-    """Weights that two blocks of a table share."""
-    height = min(one.row + one.rows, other.row + other.rows) - max(one.row, other.row)
-    width = min(one.col + one.cols, other.col + other.cols) - max(one.col, other.col)
-    return max(0, height) * max(0, width)
 
 
 def render_diff(diff: PlanDiff, limit: int = 20) -> RenderableType:

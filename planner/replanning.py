@@ -9,7 +9,7 @@ from typing import Any
 import ir.plan
 from ir.constraints import Constraints, TableConstraint
 from ir.errors import InfeasibleError, InputError
-from ir.plan import EVERY_RANK, TablePlan
+from ir.plan import EVERY_RANK, TablePlan, common_weights
 from ir.topology import Topology
 from ir.workload import Workload
 from planner.plan import Plan
@@ -112,8 +112,6 @@ def replan(
 
 def received(old: ir.plan.Plan, new: ir.plan.Plan, survivors: Sequence[int]) -> tuple[int, int]:
     """Bytes that all ranks, and the rank that receives most, hold under ``new`` and did not hold before."""
-    from passes.relabel import common
-
     total = most = 0
     for rank in range(new.world_size):
         was = survivors[rank]
@@ -123,7 +121,7 @@ def received(old: ir.plan.Plan, new: ir.plan.Plan, survivors: Sequence[int]) -> 
             held = before.on_rank(was) if before is not None and was >= 0 else ()
             item = _bytes_per_weight(table)
             for shard in table.on_rank(rank):
-                kept = sum(common(shard, other) for other in held)
+                kept = sum(common_weights(shard, other) for other in held)
                 mine += round((shard.rows * shard.cols - kept) * item)
         total += mine
         most = max(most, mine)
