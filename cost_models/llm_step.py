@@ -46,12 +46,13 @@ def step_cost(training: Training, layout: Layout, stages: Stages) -> StepCost:
     slowest = max(range(layout.pipeline), key=lambda rank: _rank_total(layer, ends, layout, stages, rank))
     terms = _rank_terms(layer, ends, layout, stages, slowest)
     most = max(max(own) for own in stages)
+    pipe = schedule_of(layout)
+    # by the idle time it causes: with split weight gradients the longest chunk need not cause the most
     widest = max(
         chunk_seconds(layer, layout, most),
         _with_ends(chunk_seconds(layer, layout, stages[-1][-1]), ends[layout.pipeline - 1]),
-        key=lambda chunk: chunk.total,
+        key=lambda chunk: (idle_seconds(pipe, chunk), chunk.total),
     )
-    pipe = schedule_of(layout)
     message = training.ring((layout.pipeline, layout.tensor * layout.context)).send(
         training.tokens(layout.context, layout.micro_batch)
         * training.shape.hidden

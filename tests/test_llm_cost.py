@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cost_models.calibration import GPU
@@ -209,7 +209,11 @@ def problems(draw: st.DrawFn) -> tuple[Training, Layout]:
     return problem, draw(st.sampled_from(list(layouts(shape, 64, made, rules))))
 
 
+LIGHT_LAST_CHUNK = Layout(4, 1, 4, 2, 16, 2, "zero_bubble", 1, 1, "none", 1, 2)  # once above its step
+
+
 @settings(max_examples=150, deadline=None)
+@example((training(replace(B8, layers=6), "h100-4x8", 2048, 2048 * 64), LIGHT_LAST_CHUNK))
 @given(problems())
 def test_bounds_are_below_the_step(case: tuple[Training, Layout]) -> None:
     problem, made = case
