@@ -111,7 +111,9 @@ def unpack(packed: Packed) -> Quantized:
     if format.scale in HEADER_DTYPES:
         dtype = HEADER_DTYPES[format.scale]
         used = (n * bits + 7) // 8
-        header = p.data[..., used : used + 2 * dtype.itemsize].contiguous().view(dtype)
+        # a copy: the header of a single row is contiguous as it is, but seldom aligned to its type
+        header = p.data[..., used : used + 2 * dtype.itemsize].clone(memory_format=torch.contiguous_format)
+        header = header.view(dtype)
         codes = unpack_bits(p.data[..., :used], bits, n)
         return Quantized(*identity, codes, header[..., :1], None, header[..., 1:])
     assert p.scales is not None
