@@ -1,0 +1,110 @@
+"""Commands that read plans: ``planner explain``, ``diff`` and ``verify``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+
+from planner.cli_support import JSON_OPTION, load_plan, reports_errors, show
+
+
+@click.command()
+@click.argument("plan", type=click.Path())
+@click.argument("table", required=False)
+@click.option("--rank", type=int, help="What one rank holds.")
+@click.option("--all", "show_all", is_flag=True, help="List every table.")
+@JSON_OPTION
+@reports_errors
+def explain(plan: str, table: str | None, rank: int | None, show_all: bool, as_json: bool) -> None:
+    """Why: the whole PLAN, one TABLE, or one rank."""
+    from ir.reading import dump_record
+    from planner.explain import explain_plan, explain_rank, explain_table, find_table
+
+    loaded = load_plan(plan)
+    if table is not None:
+        body = explain_table(loaded, table)
+        data: Any = dump_record(find_table(loaded, table))
+    elif rank is not None:
+        body = explain_rank(loaded, rank)
+        data = {
+            **dump_record(loaded.memory[rank]),
+            "tables": [t.name for t in loaded.table_plans if t.on_rank(rank)],
+        }
+    else:
+        body = explain_plan(loaded, limit=10**9 if show_all else 20)
+        data = {
+            "certificate": {**dump_record(loaded.certificate), "gap": loaded.certificate.gap},
+            "step_seconds": loaded.timeline.step,
+            "tables": {
+                t.name: {"option": t.option, "reason": t.reason, "seconds": t.terms}
+                for t in loaded.table_plans
+            },
+            **(
+                {"parallelism": dump_record(loaded.decisions.parallelism)}
+                if loaded.decisions.parallelism is not None
+                else {}
+            ),
+            **(
+                {"serving": dump_record(loaded.decisions.serving)}
+                if loaded.decisions.serving is not None
+                else {}
+            ),
+        }
+    if as_json:
+        click.echo(json.dumps(data))
+    else:
+        show(body)
+
+
+@click.command()
+@click.argument("before", type=click.Path())
+@click.argument("after", type=click.Path())
+@click.option("--exit-code", is_flag=True, help="Exit with 1 when the plans differ.")
+@JSON_OPTION
+@reports_errors
+def diff(before: str, after: str, exit_code: bool, as_json: bool) -> None:
+    """What plan AFTER changes with respect to plan BEFORE."""
+    from planner.diff import diff_plans, render_diff
+
+    change = diff_plans(load_plan(before), load_plan(after))
+    if as_json:
+        click.echo(json.dumps(change.to_dict()))
+    else:
+        show(render_diff(change))
+    if exit_code and not change.same:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("plan", type=click.Path())
+@click.option("--model", "model", help="Also check that the plan is for this model.")
+@JSON_OPTION
+@reports_errors
+def verify(plan: str, model: str | None, as_json: bool) -> None:
+    """Check a plan's feasibility without the code that made it."""
+    from planner.verification import verify as check
+
+    tables = None
+    if model is not None:
+        from planner.models import resolve
+
+        tables = resolve(model).model.tables
+    findings = check(load_plan(plan), tables)
+    good = all(finding.ok for finding in findings)
+    if as_json:
+        click.echo(
+            json.dumps({"ok": good, "checks": {finding.check: list(finding.faults) for finding in findings}})
+        )
+    else:
+        for finding in findings:
+            click.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check}")
+            for fault in finding.faults[:5]:
+                click.echo(f"       {fault}")
+            if len(finding.faults) > 5:
+                click.echo(f"       ... and {len(finding.faults) - 5} more")
+        click.echo("the plan is feasible" if good else "the plan is NOT feasible")
+    if not good:
+        sys.exit(1)

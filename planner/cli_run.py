@@ -1,0 +1,111 @@
+"""Commands that carry a plan out: ``planner run`` and ``emit``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from planner.cli_support import JSON_OPTION, load_plan, read_constraints, reports_errors, show
+from planner.emit_cli import TARGETS, emit_decoder
+
+
+@click.command()
+@click.argument("plan", type=click.Path())
+@click.option(
+    "--topology", "-t", help="Compile first: PLAN is a model (llama-tiny) and this its machine (local-4)."
+)
+@click.option("--constraints", "-c", type=click.Path(), help="With --topology: as of planner compile.")
+@click.option("--nproc", type=int, help="Processes; default and only value: the ranks of the plan.")
+@click.option("--model", "model", help="The model; default the one that was compiled, by name.")
+@click.option("--steps", type=int, default=5, show_default=True, help="Timed steps, after two to warm up.")
+@click.option("--batch", type=int, help="Global batch, instead of the plan's.")
+@click.option("--lr", type=float, help="Default: small, but enough to move every weight beyond rounding.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@JSON_OPTION
+@reports_errors
+def run(
+    plan: str,
+    topology: str | None,
+    constraints: str | None,
+    nproc: int | None,
+    model: str | None,
+    steps: int,
+    batch: int | None,
+    lr: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Train a few steps of PLAN on real gloo processes and compare with the unsharded model."""
+    from planner.run_llm import compiled_for_run, run_decoder_plan
+
+    loaded = (
+        load_plan(plan)
+        if topology is None
+        else compiled_for_run(plan, topology, read_constraints(constraints))
+    )
+    if loaded.decisions.parallelism is not None:
+        run_decoder_plan(loaded, model, steps, lr, seed, as_json)
+        return
+    from codegen.runtime.compare import run_plan
+    from planner.run import factory_of, progress, render_run
+
+    factory, arguments, options = factory_of(loaded, model)
+    with progress(steps, hidden=as_json) as on_step:
+        result = run_plan(
+            loaded,
+            factory,
+            arguments,
+            options,
+            nproc=nproc,
+            steps=steps,
+            seed=seed,
+            lr=lr,
+            batch=batch,
+            on_step=on_step,
+        )
+    if as_json:
+        click.echo(json.dumps(result.to_dict() | {"predicted_step": loaded.timeline.step}))
+    else:
+        show(render_run(loaded, result))
+    if not result.equal:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("plan", type=click.Path())
+@click.option(
+    "--target",
+    type=click.Choice(["torchrec", "torchao", "script", *TARGETS]),
+    default="torchrec",
+    show_default=True,
+)
+@click.option("--model", "model", help="Where the script finds the model; default the one that was compiled.")
+@click.option("--output", "-o", type=click.Path(), help="Write here instead of printing.")
+@reports_errors
+def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
+    """Write what runs the plan: a torchrec training script for torchrun, one for towers (script),
+    torchao GEMM configurations, or a decoder's configuration for a trainer or a server."""
+    from codegen.script import emit_torchrec
+    from codegen.torchao import emit_torchao
+    from codegen.tower_script import emit_towers
+    from ir.plan import write_atomically
+
+    loaded = load_plan(plan)
+    if target in TARGETS:
+        emit_decoder(loaded, target, output)
+        return
+    emitter = {"torchrec": emit_torchrec, "torchao": emit_torchao, "script": emit_towers}[target]
+    text = emitter(loaded, model or loaded.provenance.get("model") or loaded.model.name)
+    if output and target == "torchao":
+        write_atomically(output, text)
+        click.echo(f"written to {output}; import it and call quantize_model(model)")
+    elif output:
+        write_atomically(output, text)
+        click.echo(
+            f"written to {output}; run: torchrun --nproc-per-node {loaded.topology.host_size} {Path(output)}"
+        )
+    else:
+        click.echo(text, nl=False)
