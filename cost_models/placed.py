@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.embedding import PHASES, unit_seconds
 from cost_models.memory import unit_memory
-from cost_models.tiers import TieredUnit, row_fetch, tiered_unit, touched_rows
+from cost_models.tiers import TieredUnit, host_link, row_fetch, tiered_unit, touched_rows
 from ir.ops import EmbeddingTable
 from ir.plan import TablePlan
 from ir.program import Mode
@@ -107,11 +107,11 @@ def rank_tiers(
 ) -> dict[str, dict[str, npt.NDArray[np.float64]]]:
     """Use of each host tier by resource on every rank: ``bytes``, and seconds a step.
 
-    Seconds are of ``bandwidth``, ``iops`` and ``endurance``; the key "link" holds those of the link between
-    host and device under ``bandwidth``.
+    Seconds are of ``bandwidth``, ``iops``, ``endurance`` and ``lookup`` (processors in the memory); the key
+    "link" holds those of the link between host and device under ``bandwidth``.
     """
     world = topology.world_size
-    kinds = ("bytes", "bandwidth", "iops", "endurance")
+    kinds = ("bytes", "bandwidth", "iops", "endurance", "lookup")
     used = {tier.name: {kind: np.zeros(world) for kind in kinds} for tier in topology.host_tiers}
     used["link"] = {"bandwidth": np.zeros(world)}
     for plan in plans:
@@ -125,9 +125,12 @@ def rank_tiers(
                 fetch = row_fetch(
                     topology.tier(name), price.row_size, topology, request, train=mode == "train"
                 )
-                for kind in kinds[1:]:
+                for kind in ("bandwidth", "iops", "endurance"):
                     np.add.at(used[name][kind], where, rows * getattr(fetch, kind))
                 np.add.at(used["link"]["bandwidth"], where, rows * fetch.link)
+            for name, pooled in price.pooled.items():
+                np.add.at(used[name]["lookup"], where, pooled.seconds * topology.host_size)
+                np.add.at(used["link"]["bandwidth"], where, pooled.sums / host_link(topology.device))
     return used
 
 

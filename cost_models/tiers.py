@@ -12,6 +12,8 @@ seconds, each times the devices that share the tier; fetches overlap the step, s
 line must stay below the step. It also crosses the link between host and device, and stays in the
 device's memory from its fetch to its write-back.
 
+A tier with processors is different in inference: its rows are pooled where they lie (:mod:`cost_models.pim_tier`).
+
 A block drive without write IOPS of its own is taken to write as many blocks less than it reads as its
 bandwidths differ. Rows are touched independently (Poisson), scaled to the workload's distinct rows.
 """
@@ -19,13 +21,14 @@ bandwidths differ. Rows are touched independently (Poisson), scaled to the workl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from cost_models.cache import Popularity, characteristic_time
 from cost_models.embedding import state_bytes, stored_bytes, traffic
+from cost_models.pim_tier import PooledUnit, pool_prices, pools
 from ir.ops import EmbeddingTable
 from ir.sharding import ShardingOption, Unit, largest_units
 from ir.tier_plan import ENDURANCE_YEARS, TableTiers, TierRequest
@@ -172,6 +175,7 @@ class TieredUnit:
         stored: bytes in each host tier.
         fetched: distinct rows fetched from each host tier a step.
         row_size: bytes of a row with its optimizer state.
+        pooled: what rows take of tiers whose processors pool them.
     """
 
     seconds: dict[str, float]
@@ -179,6 +183,7 @@ class TieredUnit:
     stored: dict[str, float]
     fetched: dict[str, float]
     row_size: float
+    pooled: dict[str, PooledUnit] = field(default_factory=dict)
 
 
 def range_touched(touched: Touched, start: float, stop: float) -> float:
@@ -204,7 +209,8 @@ def tiered_unit(
     """Price a unit whose table lives in ``placed``, from the prices it has in the device alone.
 
     Every rank holds its share of each range. A fetched row is written to the device's memory before the
-    lookup and, in training, read from it for the write-back.
+    lookup and, in training, read from it for the write-back. Sums of rows that were pooled elsewhere arrive and are
+    added.
     """
     device = topology.device.tiers[0]
     width = unit.blocks[0].cols
@@ -214,10 +220,22 @@ def tiered_unit(
     kept = 0.0  # rows of the whole table that the device holds
     stored: dict[str, float] = {}
     fetched: dict[str, float] = {}
+    pooled: dict[str, PooledUnit] = {}
+    accesses = 0.0  # pooled elsewhere
     start = 0.0
     for piece in placed.ranges:
         if piece.tier == device.name:
             kept += piece.rows
+        elif placed.pim is not None and pools(topology.tier(piece.tier), train=train):
+            asked = traffic(table, ShardingOption("table_wise", (table.dim,)), unit, topology, workload)
+            price = pool_prices(topology.tier(piece.tier), placed.pim, width, asked.outputs)
+            before = pooled.get(piece.tier, PooledUnit(price.fixed, 0.0, price.sums))
+            pooled[piece.tier] = PooledUnit(
+                before.seconds + price.per_read * asked.ids * piece.accesses,
+                before.stored + piece.rows * share * price.row_bytes,
+                price.sums,
+            )
+            accesses += piece.accesses
         else:
             stored[piece.tier] = stored.get(piece.tier, 0.0) + piece.rows * share * size
             missed = range_touched(touched, start, start + piece.rows)
@@ -227,13 +245,17 @@ def tiered_unit(
             fetched[piece.tier] = fetched.get(piece.tier, 0.0) + missed * share
         start += piece.rows
     moved = sum(fetched.values())
+    sums = sum(one.sums for one in pooled.values())
+    stored |= {name: one.stored for name, one in pooled.items()}
     held = {
         purpose: math.ceil(used * kept / table.rows) if purpose in ("weights", "optimizer") else used
         for purpose, used in memory.items()
     }
-    held["staging"] = math.ceil(placed.prefetch_depth * moved * size)
+    held["staging"] = math.ceil(placed.prefetch_depth * (moved * size + sums))
     taken = dict(seconds)
-    taken["lookup_forward"] += moved * size / device.write_bandwidth / row_efficiency
+    taken["lookup_forward"] *= max(0.0, 1 - accesses)
+    arrive, read = 1 / device.write_bandwidth, 1 / device.read_bandwidth
+    taken["lookup_forward"] += (moved * size * arrive + sums * (arrive + read)) / row_efficiency
     if train:
-        taken["lookup_backward"] += moved * size / device.read_bandwidth / row_efficiency
-    return TieredUnit(taken, held, stored, fetched, size)
+        taken["lookup_backward"] += moved * size * read / row_efficiency
+    return TieredUnit(taken, held, stored, fetched, size, pooled)

@@ -82,6 +82,21 @@ class RowCache:
 
 
 @dataclass(frozen=True, slots=True)
+class PimTile:
+    """How the rows in a tier with processors are cut into tiles, one processor each.
+
+    Attributes:
+        cols: columns of a tile; those of a narrower shard are one tile.
+        row_tiles: of each rank's part of the table.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    cols: Annotated[int, Field(ge=1)]
+    row_tiles: Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, slots=True)
 class TableTiers:
     """Where the rows of one table live (``TablePlan.tiers``; None: all in the device's first tier).
 
@@ -90,6 +105,7 @@ class TableTiers:
         cache: in front of the range.
         prefetch_depth: steps that rows outside the device's memory are fetched ahead.
         fetched_rows: distinct rows fetched from host tiers a step, expected, over all ranks.
+        pim: of the rows that a tier's processors pool (inference); they are not fetched.
         reason: why, for people.
     """
 
@@ -100,6 +116,7 @@ class TableTiers:
     prefetch_depth: Annotated[int, Field(ge=0)] = 0
     fetched_rows: Annotated[float, Field(ge=0)] = 0.0
     reason: str = ""
+    pim: PimTile | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -113,9 +130,9 @@ class TierUse:
 
     Attributes:
         bytes, limit: stored there, and what may be.
-        seconds: device time by resource ("bandwidth", "iops", "endurance") that one step takes; each
-            must stay below the step.
-        binding: the resources whose price is not zero: "capacity", "bandwidth", "iops", "endurance".
+        seconds: device time by resource ("bandwidth", "iops", "endurance", "lookup" by processors in the
+            memory) that one step takes; each must stay below the step.
+        binding: the resources whose price is not zero: "capacity" or one of those.
         price_per_gb: fall of the objective, in its unit, if every host (rank) had 1e9 bytes more.
     """
 

@@ -11,10 +11,11 @@ constant of the cost models, not of the topology.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from ir.reading import STRICT, digest, dump_record, parse_record
 from ir.units import parse_bandwidth, parse_bytes, parse_flops, parse_seconds
@@ -44,6 +45,7 @@ class MemoryTier:
     price_per_gb: Annotated[float, Field(ge=0)] | None = None  # US dollars per 1e9 bytes
     watt_per_gb: Annotated[float, Field(ge=0)] | None = None
     source: str = ""
+    processors: Annotated[int, Field(ge=1)] | None = None  # in the memory, which pool rows where they lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,16 @@ class Level:
     link: Link
 
 
+MAX_RANKS = 1_000_000  # ten times the largest cluster; plans list every rank
+
+
+def _countable(levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    ranks = math.prod(level.fanout for level in levels)
+    if ranks > MAX_RANKS:
+        raise ValueError(f"the fan-outs multiply to {ranks} ranks; at most {MAX_RANKS} are planned")
+    return levels
+
+
 @dataclass(frozen=True, slots=True)
 class Topology:
     """The cluster: ``levels[0]`` is the host, the last one the whole cluster.
@@ -95,7 +107,7 @@ class Topology:
 
     name: Name
     device: Device
-    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=4)]
+    levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=4), AfterValidator(_countable)]
     host_tiers: tuple[MemoryTier, ...] = ()  # shared by all devices of one host
     notes: tuple[str, ...] = field(default=())
 

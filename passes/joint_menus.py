@@ -12,17 +12,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from cost_models.calibration import Calibration
-from cost_models.embedding import PHASES, state_bytes, stored_bytes, unit_seconds
+from cost_models.embedding import PHASES, state_bytes, stored_bytes, traffic, unit_seconds
 from cost_models.memory import unit_memory
+from cost_models.pim_tier import pool_prices
 from cost_models.tiers import Touched, tiered_unit
 from ir.format_plan import LossChange
 from ir.ops import EmbeddingTable
 from ir.program import Program
 from ir.reading import canonical_json, dump_record
 from ir.sharding import ShardingOption, largest_units
-from ir.tier_plan import TableTiers
+from ir.tier_plan import PimTile, TableTiers
+from ir.topology import MemoryTier
 from passes.assignment import Option, Piece
 from passes.assignment.joint import Menu
 from passes.assignment.master import Duals
@@ -30,6 +33,8 @@ from passes.format_menu import FormatMenu
 from passes.sharding_options import table_options
 from passes.sharding_prices import PricedOption, PricedUnit
 from passes.tier_options import TierModel
+
+Floats = npt.NDArray[np.float64]
 
 BEST_SPLITS = 2  # columns made for a class in one pricing round
 
@@ -66,6 +71,7 @@ class TableClass:
     bases: list[Base]
     touched: Touched | None
     menu: Menu
+    tiles: tuple[PimTile, ...] = ()
     meaning: dict[Option, Chosen] = field(default_factory=dict)
 
 
@@ -123,7 +129,8 @@ class MenuMaker:
             for state in self._state_formats(table)
         ]
         touched = self.tiers.touched(table) if self.tiers else None
-        made = TableClass(table, members, bases, touched, Menu(members, []))
+        tiles = self.tiers.tiles(table) if self.tiers else ()
+        made = TableClass(table, members, bases, touched, Menu(members, []), tiles)
         splits: Iterable[TableTiers | None] = (None,)
         if self.tiers is not None and touched is not None:
             splits = self.tiers.start_splits(table, touched)
@@ -207,7 +214,7 @@ class MenuMaker:
             self.calibration.row_efficiency,
             base.state,
         )
-        taken = self.tiers.taken(priced.stored, priced.fetched, priced.row_size)
+        taken = self.tiers.taken(priced)
         return replace(unit, seconds=priced.seconds, memory=priced.memory), taken
 
     def _label(self, base: Base, split: TableTiers | None) -> str:
@@ -228,34 +235,40 @@ class MenuMaker:
         for b, base in enumerate(made.bases):
             if base.option.sharding_type == "data_parallel":
                 continue
-            cost, place = self._price_split(c, made, base, duals)
-            found.append((cost, b, place))
-        found.sort(key=lambda item: item[:2])
+            for order, tile in enumerate((None, *made.tiles)):
+                cost, place = self._price_split(c, made, base, duals, tile)
+                found.append((cost, b, order, place, tile))
+        found.sort(key=lambda item: item[:3])
         options = []
-        for _, b, place in found[:BEST_SPLITS]:
-            split = self.tiers.split(made.table, made.touched, place)
+        for _, b, _, place, tile in found[:BEST_SPLITS]:
+            split = self.tiers.split(made.table, made.touched, place, tile)
             option, chosen = self.option(made, made.bases[b], split)
             made.meaning.setdefault(option, chosen)
             options.append(option)
         return options
 
-    def _price_split(self, c: int, made: TableClass, base: Base, duals: Duals) -> tuple[float, list[int]]:
-        """(reduced cost but for the class's own dual, tier of each group) of the best split."""
+    def _price_split(
+        self, c: int, made: TableClass, base: Base, duals: Duals, tile: PimTile | None
+    ) -> tuple[float, list[int]]:
+        """(reduced cost but for the class's own dual, tier of each group) of the best split.
+
+        Without a tile no rows are pooled. With one they need not be: the split without is priced on its own.
+        """
         assert self.tiers is not None
         assert made.touched is not None
         tiers, topology = self.tiers, self.program.topology
-        device, efficiency = topology.device.tiers[0], self.calibration.row_efficiency
         train = self.program.options.mode == "train"
-        allowed = tiers.allowed(made.table.name)
+        allowed = [t for t in tiers.allowed(made.table.name) if tile is not None or not tiers.pooling(t)]
         spread = {"rank": 1 / topology.world_size, "host": 1 / topology.hosts, "all": 1.0}
         cost = float(duals.cost @ np.array(base.cost)) if base.cost else 0.0
+        once = 0.0  # where rows are pooled
         prices = np.zeros((len(allowed) + 1, len(made.touched.rows)))
-        forward, backward = self.phases.index("lookup_forward"), self.phases.index("lookup_backward")
         for position, unit in enumerate(base.units):
             mean = spread[unit.unit.scope] * unit.count
             load = np.array([unit.seconds.get(phase, 0.0) for phase in self.phases])
             worst = duals.largest[c] * (position == 0)  # the widest unit comes first
-            cost += float((duals.phase * mean + worst) @ load)
+            weight = duals.phase * mean + worst
+            cost += float(weight @ load)
             other = sum(v for k, v in unit.memory.items() if k not in ("weights", "optimizer"))
             cost += duals.memory * mean * other
             share = unit.unit.blocks[0].rows / made.table.rows
@@ -264,14 +277,58 @@ class MenuMaker:
             size += state_bytes(self.program.workload.optimizer, width, base.state) if train else 0.0
             prices[0] += duals.memory * mean * share * size * made.touched.rows
             for j, tier in enumerate(allowed, start=1):
-                stored = duals.extra[tiers.bytes_row(tier)] * mean * share * size
-                fetch = float(duals.extra @ tiers.per_touched(tier, size)) * mean
-                fetch += duals.memory * mean * tiers.depth[tier.name] * size
-                weight = duals.phase * mean + worst
-                fetch += weight[forward] * size / device.write_bandwidth / efficiency
-                fetch += weight[backward] * size / device.read_bandwidth / efficiency * train
-                prices[j] += stored * made.touched.rows + fetch * share * made.touched.touched
+                if tile is not None and tiers.pooling(tier):
+                    groups, first = self._pooled(made, base, unit, tier, tile, duals, mean, weight)
+                    prices[j] += groups
+                    once += first
+                else:
+                    stored = duals.extra[tiers.bytes_row(tier)] * mean * share * size
+                    fetch = self._fetched(tier, size, duals, mean, weight)
+                    prices[j] += stored * made.touched.rows + fetch * share * made.touched.touched
         place = prices.argmin(axis=0)
         total = cost + float(prices.min(axis=0).sum())
+        if any(j and tiers.pooling(allowed[int(j) - 1]) for j in place):
+            total += once
         names = [0, *(tiers.tiers.index(tier) + 1 for tier in allowed)]
         return total, [names[int(j)] for j in place]
+
+    def _fetched(self, tier: MemoryTier, size: float, duals: Duals, mean: float, weight: Floats) -> float:
+        """Price of a distinct row of ``size`` bytes fetched from a tier a step."""
+        assert self.tiers is not None
+        device, efficiency = self.program.topology.device.tiers[0], self.calibration.row_efficiency
+        fetch = float(duals.extra @ self.tiers.per_touched(tier, size)) * mean
+        fetch += duals.memory * mean * self.tiers.depth[tier.name] * size
+        fetch += weight[self.phases.index("lookup_forward")] * size / device.write_bandwidth / efficiency
+        if self.program.options.mode == "train":
+            fetch += weight[self.phases.index("lookup_backward")] * size / device.read_bandwidth / efficiency
+        return float(fetch)
+
+    def _pooled(
+        self,
+        made: TableClass,
+        base: Base,
+        unit: PricedUnit,
+        tier: MemoryTier,
+        tile: PimTile,
+        duals: Duals,
+        mean: float,
+        weight: Floats,
+    ) -> tuple[Floats, float]:
+        """(price of each group, price of there being any) where a tier's processors pool the rows."""
+        assert self.tiers is not None
+        assert made.touched is not None
+        device, efficiency = self.program.topology.device.tiers[0], self.calibration.row_efficiency
+        block = unit.unit.blocks[0]
+        asked = traffic(made.table, base.option, unit.unit, self.program.topology, self.program.workload)
+        price = pool_prices(tier, tile, block.cols, asked.outputs)
+        read, first = self.tiers.per_read(tier, price)
+        forward = weight[self.phases.index("lookup_forward")]
+        stored = (
+            duals.extra[self.tiers.bytes_row(tier)] * mean * block.rows / made.table.rows * price.row_bytes
+        )
+        each = float(duals.extra @ read) * mean * asked.ids - forward * unit.seconds["lookup_forward"]
+        once = float(duals.extra @ first) * mean
+        once += duals.memory * mean * self.tiers.depth[tier.name] * price.sums
+        arrive = 1 / device.write_bandwidth + 1 / device.read_bandwidth
+        once += forward * price.sums * arrive / efficiency
+        return stored * made.touched.rows + each * made.touched.accesses, once

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from ir.formats import FORMATS, Format, parse_format
 from ir.plan import EVERY_RANK, Plan, TablePlan
+from ir.tier_plan import PimTile
 from ir.units import format_bytes
 
 _PLAIN_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -110,9 +111,41 @@ def check_tiers(plan: Plan) -> Iterator[str]:
             hottest, coolest = before.accesses / max(1, before.rows - 1), after.accesses / (after.rows + 1)
             if hottest < coolest * (1 - 1e-6):
                 yield f"table {table.name!r}: rows in {after.tier} are hotter than rows in {before.tier}"
+        yield from _pooled_rows(plan, table)
     if asked is not None:
         yield from _host_capacity(plan)
         yield from _operations(plan)
+
+
+def _pooled_rows(plan: Plan, table: TablePlan) -> Iterator[str]:
+    """Rows that processors in a memory pool: a lookup they can do, and tiles that fit them."""
+    assert table.tiers is not None
+    tile = table.tiers.pim
+    for piece in table.tiers.ranges:
+        there = [tier for tier in plan.topology.host_tiers if tier.name == piece.tier]
+        processors = there[0].processors if there and plan.mode == "inference" else None
+        if processors is None or tile is None:
+            if processors is not None:
+                yield f"table {table.name!r}: rows in {piece.tier} are pooled there, but no tile is stated"
+            continue
+        if table.pooling == "none":
+            yield f"table {table.name!r} returns rows, the processors of {piece.tier} return sums"
+        for shard in table.shards:
+            tiles = tile.row_tiles * -(-shard.cols // min(tile.cols, shard.cols))
+            if tiles > processors:
+                yield f"table {table.name!r}: {tiles} tiles on {processors} processors of {piece.tier}"
+                return
+            rows = shard.rows * piece.rows / table.rows / tile.row_tiles
+            size = rows * _pooled_row_bytes(tile, min(tile.cols, shard.cols))
+            if size > there[0].capacity / processors:
+                yield f"table {table.name!r}: a tile of {format_bytes(size)} on one processor of {piece.tier}"
+                return
+
+
+def _pooled_row_bytes(tile: PimTile, columns: int) -> int:
+    """Four bytes a column, rows of a tile padded to the 8 bytes that one access moves."""
+    width = min(tile.cols, columns)
+    return -(-columns // width) * (-(-4 * width // 8) * 8)
 
 
 def _row_with_state(plan: Plan, table: TablePlan, columns: int) -> float:
@@ -131,8 +164,10 @@ def _host_capacity(plan: Plan) -> Iterator[str]:
             if table.tiers is None:
                 continue
             share = sum(piece.rows for piece in table.tiers.ranges if piece.tier == tier.name) / table.rows
+            pooled = table.tiers.pim if tier.processors is not None and plan.mode == "inference" else None
             for shard in table.shards if share else ():
-                size = shard.rows * share * _row_with_state(plan, table, shard.cols)
+                row = _row_with_state(plan, table, shard.cols)
+                size = shard.rows * share * (_pooled_row_bytes(pooled, shard.cols) if pooled else row)
                 for rank in range(plan.world_size) if shard.rank == EVERY_RANK else (shard.rank,):
                     used[rank // plan.topology.host_size] += size
         limit = tier.capacity * (1 - plan.constraints.memory_reserve)

@@ -107,6 +107,7 @@ UPMEM_SERVER = MemoryTier(
     write_bandwidth=15.9 * _GB,
     latency=231e-9,
     granule=8,
+    processors=2560,
     source="UPMEM: 2,560 DPUs in 40 ranks of 64, 64 MiB each (PrIM, arXiv 2105.03814). Bandwidth is what the CPU "
     "reads and writes over all ranks (upmem_communication_performance_test @6ed52e4); inside, a DPU reads 8 B in "
     "81 cycles at 350 MHz, and 628 MB/s in 2 KB (PrIM): cost_models/pim.py prices lookups that stay there",
