@@ -17,7 +17,7 @@ from ir.errors import InfeasibleError
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import average_row, compile_problem
 from passes.assignment.exact import improve
-from passes.assignment.master import MARGIN, Column, Duals, Limits, Master, whole_choice
+from passes.assignment.master import MARGIN, PENALTIES, Column, Duals, Limits, Master, whole_choice
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Option, Problem, Solution, evaluate, evaluate_extra
 from passes.assignment.solve import solve
@@ -98,27 +98,12 @@ def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> R
         for o in fitting or range(len(columns)):
             master.add(columns[o])
             index.append((c, o))
-    value = master.solve()
     bound = -math.inf
-    for _ in range(PRICING_ROUNDS if price else 0):
-        duals = master.duals()
-        least = np.zeros(len(menus))
-        grown = False
-        for c, option in price(duals) if price else ():
-            made = column(option, c, frame)
-            reduced = Master.reduced(made, duals)
-            least[c] = min(least[c], reduced)
-            if reduced < -1e-7 * max(value, limits.scale) and option not in menus[c].options:
-                menus[c].options.append(option)
-                index.append((c, len(menus[c].options) - 1))
-                master.add(made)
-                grown = True
-        bound = max(bound, value + float(np.array(master.sizes) @ least))
-        if not grown:
+    for penalty in PENALTIES:
+        master.penalise(penalty)
+        bound = max(bound, _priced_out(master, menus, price, frame, index))
+        if not master.exceeded():
             break
-        value = master.solve()
-    if price is None:
-        bound = value
     return Relaxation(
         bound=bound - MARGIN * abs(bound) if math.isfinite(bound) else 0.0,
         duals=master.duals(),
@@ -128,6 +113,38 @@ def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> R
         exceeded=master.exceeded(),
         limits=limits,
     )
+
+
+def _priced_out(
+    master: Master,
+    menus: Sequence[Menu],
+    price: Pricer | None,
+    frame: Frame,
+    index: list[tuple[int, int]],
+) -> float:
+    """Add columns until none has a negative reduced cost; the best bound of the rounds."""
+    value = master.solve()
+    if price is None:
+        return value
+    bound = -math.inf
+    for _ in range(PRICING_ROUNDS):
+        duals = master.duals()
+        least = np.zeros(len(menus))
+        grown = False
+        for c, option in price(duals):
+            made = column(option, c, frame)
+            reduced = Master.reduced(made, duals)
+            least[c] = min(least[c], reduced)
+            if reduced < -1e-7 * max(value, master.limits.scale) and option not in menus[c].options:
+                menus[c].options.append(option)
+                index.append((c, len(menus[c].options) - 1))
+                master.add(made)
+                grown = True
+        bound = max(bound, value + float(np.array(master.sizes) @ least))
+        if not grown:
+            break
+        value = master.solve()
+    return bound
 
 
 def _limits(frame: Frame, menus: Sequence[Menu]) -> Limits:

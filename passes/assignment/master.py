@@ -30,7 +30,9 @@ from passes.assignment.problem import Floats
 
 ROUNDS = 60  # rounds of row generation between two pricing rounds
 MARGIN = 1e-6  # taken off bounds for GLOP's tolerances
-PENALTY = 1e3  # price of a limit exceeded by all of itself, in units of the scale
+# Prices of a limit exceeded by all of itself, in units of the scale; a higher one where the lower left a limit
+# exceeded, because a slow tier may stretch the step by more
+PENALTIES = (1e3, 1e6, 1e9)
 NODES = 200  # of SCIP's tree for the whole-number program
 
 
@@ -101,9 +103,8 @@ class Master:
         self.largest: dict[tuple[int, int], pywraplp.Constraint] = {}
         objective = solver.Objective()
         objective.SetCoefficient(self.step, 1.0)
-        for over in self.over:
-            objective.SetCoefficient(over, PENALTY)
         objective.SetMinimization()
+        self.penalise(PENALTIES[0])
 
     def _limit(self, most: float, step: pywraplp.Variable | None = None) -> pywraplp.Constraint:
         row = self.solver.Constraint(-self.solver.infinity(), most)
@@ -113,6 +114,11 @@ class Master:
         if step is not None:
             row.SetCoefficient(step, -1.0)
         return row
+
+    def penalise(self, price: float) -> None:
+        """Price limits that are exceeded."""
+        for over in self.over:
+            self.solver.Objective().SetCoefficient(over, price)
 
     def _unit(self, e: int) -> float:
         """What one unit of a resource row stands for."""
