@@ -38,8 +38,8 @@ from passes.sharding_prices import sharding_problem
 
 # With hundreds of tables the last per cent costs most of the search and is less than the cost model's
 # error; with few it is cheap, and the plan may be proved optimal.
-_MANY_TABLES = 200
-_GOOD_ENOUGH = 0.01
+MANY_TABLES = 200
+GOOD_ENOUGH = 0.01
 
 _OBJECTIVES = {
     "phases": "embedding time of a step: sum over phases of the slowest rank, seconds",
@@ -68,10 +68,10 @@ class Sharding:
                 stated.problem,
                 time_limit=program.options.time_limit,
                 seed=program.options.seed,
-                stop_gap=_GOOD_ENOUGH if len(program.model.tables) > _MANY_TABLES else 0.0,
+                stop_gap=GOOD_ENOUGH if len(program.model.tables) > MANY_TABLES else 0.0,
             )
         except InfeasibleError as error:
-            raise _in_the_users_words(error, stated.dense) from None
+            raise in_the_users_words(error, stated.dense) from None
         plans = tuple(
             table_plan(program, table, options[choice], tuple(places))
             for table, options, choice, places in zip(
@@ -79,10 +79,10 @@ class Sharding:
             )
         )
         plans = explain_tables(plans, stated.problem, solution)
-        return replace(program, tables=plans, certificate=_certificate(program, solution, calibration))
+        return replace(program, tables=plans, certificate=certify(program, solution, calibration))
 
 
-def _certificate(program: Program, solution: Solution, calibration: Calibration) -> Certificate:
+def certify(program: Program, solution: Solution, calibration: Calibration) -> Certificate:
     """Objective and bound with the overheads that no assignment changes added to both."""
     overheads = phase_overheads(program.topology, program.workload, calibration, program.options.mode)
     fixed = sum(overheads.values())
@@ -95,7 +95,7 @@ def _certificate(program: Program, solution: Solution, calibration: Calibration)
     )
 
 
-def _in_the_users_words(error: InfeasibleError, dense: int) -> InfeasibleError:
+def in_the_users_words(error: InfeasibleError, dense: int) -> InfeasibleError:
     """The solver's ``capacity`` is the user's ``hbm_budget`` less the dense part."""
     words = {"capacity": "hbm_budget"}
     beside = f" (beside {format_bytes(dense)} for the dense part)" if dense else ""

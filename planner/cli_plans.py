@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from planner.cli_support import JSON_OPTION, load_plan, reports_errors, show
+from ir.errors import InputError
+from planner.cli_support import JSON_OPTION, answer, load_plan, reports_errors, show
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
 
 
 @click.command()
@@ -16,14 +20,39 @@ from planner.cli_support import JSON_OPTION, load_plan, reports_errors, show
 @click.argument("table", required=False)
 @click.option("--rank", type=int, help="What one rank holds.")
 @click.option("--all", "show_all", is_flag=True, help="List every table.")
+@click.option(
+    "--why-not",
+    metavar="OPTION",
+    help="With TABLE: what row_wise, 'column_wise x4', rank=5 or host=1 would cost, or why it cannot be.",
+)
+@click.option("--model", help="With --why-not: what the plan was compiled from, where the plan does not say.")
+@click.option(
+    "--time-limit", type=float, help="With --why-not: solver work, about seconds; default the plan's."
+)
 @JSON_OPTION
 @reports_errors
-def explain(plan: str, table: str | None, rank: int | None, show_all: bool, as_json: bool) -> None:
-    """Why: the whole PLAN, one TABLE, or one rank."""
+def explain(
+    plan: str,
+    table: str | None,
+    rank: int | None,
+    show_all: bool,
+    why_not: str | None,
+    model: str | None,
+    time_limit: float | None,
+    as_json: bool,
+) -> None:
+    """Why: the whole PLAN, one TABLE, or one rank; and why not."""
     from ir.reading import dump_record
     from planner.explain import explain_plan, explain_rank, explain_table, find_table
 
     loaded = load_plan(plan)
+    if why_not is not None:
+        if table is None:
+            raise InputError(
+                "--why-not asks about one table; name it: planner explain PLAN TABLE --why-not row_wise"
+            )
+        _why_not(loaded, table, why_not, model, time_limit, as_json)
+        return
     if table is not None:
         body = explain_table(loaded, table)
         data: Any = dump_record(find_table(loaded, table))
@@ -57,6 +86,18 @@ def explain(plan: str, table: str | None, rank: int | None, show_all: bool, as_j
         click.echo(json.dumps(data))
     else:
         show(body)
+
+
+def _why_not(
+    plan: Plan, table: str, asked: str, model: str | None, time_limit: float | None, as_json: bool
+) -> None:
+    from planner.explain_why_not import render_why_not, why_not
+
+    found = why_not(plan, table, asked, model=model, time_limit=time_limit)
+    if as_json:
+        answer(found)
+    else:
+        show(render_why_not(plan, found))
 
 
 @click.command()

@@ -50,6 +50,13 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def percent_change(before: float, after: float) -> str:
+    """``"+12.3 %"``, ``"x 12"`` from ten times on; ``"-"`` where there was nothing."""
+    if not before:
+        return "-"
+    return f"{100 * (after - before) / before:+.1f} %" if after < 10 * before else f"x {after / before:.0f}"
+
+
 def summary(plan: ir.plan.Plan, events: bool = True) -> RenderableType:
     """One screen: the headline numbers, the certificate, the step, what was decided."""
     if plan.decisions.parallelism is not None:

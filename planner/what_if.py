@@ -130,6 +130,22 @@ def model_of(plan: ir.plan.Plan, model: Any = None) -> Model:
     return captured
 
 
+def program_of(plan: ir.plan.Plan, model: Any = None) -> Program:
+    """The program that a plan is the end of, to price it again; raises InputError as :func:`model_of`."""
+    from ir.program import Options, Program
+
+    return Program(
+        model=model_of(plan, model),
+        topology=plan.topology,
+        workload=plan.workload,
+        options=Options(plan.mode, plan.constraints),
+        tables=plan.table_plans,
+        decisions=plan.decisions,
+        certificate=plan.certificate,
+        memory=plan.memory,
+    )
+
+
 def _change_one(inputs: Inputs, key: str, value: str) -> Inputs:
     if key in _WORKLOAD:
         data = inputs.workload.to_dict() | {_WORKLOAD[key]: _number(value)}
@@ -212,19 +228,9 @@ def sensitivity(
         InputError: as :func:`model_of`.
     """
     from cost_models.calibration import default_calibration
-    from ir.program import Options, Program
 
     base = calibration or default_calibration(plan.topology)
-    program = Program(
-        model=model_of(plan, model),
-        topology=plan.topology,
-        workload=plan.workload,
-        options=Options(plan.mode, plan.constraints),
-        tables=plan.table_plans,
-        decisions=plan.decisions,
-        certificate=plan.certificate,
-        memory=plan.memory,
-    )
+    program = program_of(plan, model)
     found = []
     for name, value, vary in _assumptions(plan.topology, base):
         steps = [_step(program, *vary(factor)) for factor in (1 - STEP, 1 + STEP)]

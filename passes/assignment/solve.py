@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from passes.assignment.problem import Problem, Solution, evaluate
 from passes.assignment.relaxation import average_bound
 from passes.assignment.starts import relaxed_choices, roomy_choices, threshold_choice, uniform_choices
 from passes.assignment.target_search import Incumbent, TargetSearch
+from passes.assignment.warm import Start, incumbent_of
 
 Effort = Literal["quick", "normal", "thorough"]
 
@@ -35,6 +37,7 @@ def solve(
     seed: int = 0,
     effort: Effort = "normal",
     stop_gap: float = 0.0,
+    start: Start | None = None,
 ) -> Solution:
     """Choose an option for every table and a place for every piece.
 
@@ -45,6 +48,7 @@ def solve(
         effort: "quick" takes the first good packing, "normal" searches for a while that grows with the
             problem, "thorough" spends the whole limit unless the gap closes.
         stop_gap: stop as soon as the proved gap is this small.
+        start: a known placement; the solution is no worse, and polishing starts from it where it is the best.
 
     Raises:
         InputError: a malformed problem.
@@ -53,10 +57,11 @@ def solve(
     compiled = compile_problem(problem)
     infeasible.check(compiled)
     bound, relaxed = average_bound(compiled)
-    best, work = Incumbent(), 0.0
+    warm = incumbent_of(compiled, start) if start is not None else Incumbent()
+    best, work = warm, 0.0
     for allowed in ("quick", "normal") if effort == "quick" else (effort,):
         budget = Budget(min(time_limit, _allowance(compiled, allowed)))
-        found = _search(compiled, bound, relaxed.price, budget, seed, stop_gap)
+        found = _search(compiled, bound, relaxed.price, budget, seed, stop_gap, warm)
         best, work = min(found, best, key=lambda known: known.value), work + budget.work
         if best.value <= bound * (1 + FAR):
             break  # else a quick search that ends far from the bound has most likely missed something
@@ -67,7 +72,13 @@ def solve(
 
 
 def _search(
-    compiled: Compiled, bound: float, price: float, budget: Budget, seed: int, stop_gap: float
+    compiled: Compiled,
+    bound: float,
+    price: float,
+    budget: Budget,
+    seed: int,
+    stop_gap: float,
+    known: Incumbent,
 ) -> Incumbent:
     """Starts, walks over the choices, then polishing of the placement, within a budget."""
     search = TargetSearch(compiled, bound, price, budget, seed, _objective(compiled))
@@ -82,7 +93,7 @@ def _search(
     search.budget = budget.slice(PACKING_SHARE if several else 1.0 - POLISH_SHARE)
     search.walks(search.start(starts), stop_gap)
     budget.spend(search.budget.work)
-    best = search.best
+    best = min(search.best, replace(known), key=lambda found: found.value)
     if best.choice and not budget.spent() and best.value > bound * (1 + max(stop_gap, OPTIMAL)):
         Polisher(compiled, bound, budget, seed).run(best, stop_gap)
     return best
