@@ -8,8 +8,11 @@ dynamic programming). One planner run serves both objectives: its performance mo
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +58,18 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class RivalPlan:
-    """The best plan of one planner under each objective (None: it found none), and its cost."""
+    """The best plan of one planner under each objective (None: it found none), and its cost.
+
+    ``ratings`` are the planner's own, ms, where it was asked for both objectives; ``whole`` is False
+    where the planner was stopped after ``cpu_seconds`` without a plan.
+    """
 
     total: list[Any] | None
     with_input: list[Any] | None
     cpu_seconds: float
     note: str = ""
+    ratings: tuple[float, float] | None = None
+    whole: bool = True
 
 
 def build_module(tables: list[Table]) -> Any:
@@ -128,9 +137,34 @@ def _frozen(recorded: Any) -> list[Any]:
     ]
 
 
-def _plan(case: Case, constraints: dict[str, Any], proposers: list[Any] | None) -> RivalPlan:
+class _OutOfTime(Exception):
+    """The planner has used the CPU seconds it was given."""
+
+
+@contextlib.contextmanager
+def _cpu_limit(seconds: float | None) -> Iterator[None]:
+    """Raise ``_OutOfTime`` once this process has used so many CPU seconds more; None is no limit."""
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def _plan(
+    case: Case, constraints: dict[str, Any], proposers: list[Any] | None, limit: float | None = None
+) -> RivalPlan:
     recorder = _Recorder(case.topology.world_size) if proposers else None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _cpu_limit(limit):
         warnings.simplefilter("ignore")
         started = time.process_time()
         planner = EmbeddingShardingPlanner(
@@ -147,27 +181,40 @@ def _plan(case: Case, constraints: dict[str, Any], proposers: list[Any] | None) 
             planner.plan(case.module, case.sharders)
         except PlannerError as error:
             return RivalPlan(None, None, time.process_time() - started, str(error.error_type))
+        except _OutOfTime:
+            return RivalPlan(None, None, time.process_time() - started, "stopped", whole=False)
         seconds = time.process_time() - started
     if recorder is None:
         return RivalPlan(planner._best_plan, planner._best_plan, seconds)
-    return RivalPlan(_frozen(recorder.best["total"][1]), _frozen(recorder.best["with_input"][1]), seconds)
+    (total, plan), (with_input, other) = recorder.best["total"], recorder.best["with_input"]
+    return RivalPlan(_frozen(plan), _frozen(other), seconds, ratings=(total, with_input))
 
 
-def default_plan(case: Case) -> RivalPlan:
-    """The planner as it comes: default proposers, min_partition and sharding types."""
-    return _plan(case, case.constraints, None)
+def default_plan(case: Case, limit: float | None = None) -> RivalPlan:
+    """The planner as it comes: default proposers, min_partition and sharding types.
+
+    ``limit`` is in CPU seconds; a planner that has not ended by then gives a plan that is not ``whole``.
+    """
+    return _plan(case, case.constraints, None, limit)
+
+
+def tuned_constraints(case: Case, min_partition: int | None) -> dict[str, Any]:
+    """The case's constraints with all sharding types allowed and columns split as an expert would."""
+    return {
+        name: ParameterConstraints(
+            pooling_factors=limit.pooling_factors, min_partition=min_partition, sharding_types=ALL_TYPES
+        )
+        for name, limit in case.constraints.items()
+    }
 
 
 def tuned_plans(case: Case, min_partitions: tuple[int | None, ...] = MIN_PARTITIONS) -> list[RivalPlan]:
-    """One plan a ``min_partition``, each the best over all proposers."""
+    """One plan a ``min_partition``, each the best over all proposers, by the untouched planner.
+
+    Hours on large table sets; ``_torchrec_twin.Twin.tuned`` finds the same plans.
+    """
     plans = []
     for width in min_partitions:
-        constraints = {
-            name: ParameterConstraints(
-                pooling_factors=limit.pooling_factors, min_partition=width, sharding_types=ALL_TYPES
-            )
-            for name, limit in case.constraints.items()
-        }
         proposers = [
             GridSearchProposer(),
             GreedyProposer(),
@@ -176,5 +223,16 @@ def tuned_plans(case: Case, min_partitions: tuple[int | None, ...] = MIN_PARTITI
             UniformProposer(use_depth=False),
             DynamicProgrammingProposer(),
         ]
-        plans.append(_plan(case, constraints, proposers))
+        plans.append(_plan(case, tuned_constraints(case, width), proposers))
     return plans
+
+
+def plan_text(plan: list[Any] | None) -> list[str] | None:
+    """A plan in a form that can be compared: every shard of every table with its rank."""
+    if plan is None:
+        return None
+    return [
+        f"{o.path}.{o.name} {o.sharding_type} {o.compute_kernel} "
+        + " ".join(f"{tuple(s.size)}@{tuple(s.offset)}:{s.rank}" for s in o.shards)
+        for o in plan
+    ]
