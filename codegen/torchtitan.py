@@ -1,7 +1,7 @@
 """A decoder's training plan as a configuration of torchtitan 0.2.2 (TOML).
 
 Sections and fields are those of torchtitan 0.2.2 (PyPI; ``torchtitan/config/job_config.py``). Later releases
-replaced the file by Python functions and renamed fields; this text is for ``--job.config_file`` of 0.2.2.
+take Python functions instead: :mod:`codegen.torchtitan_python`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ def emit_torchtitan(plan: Plan) -> Emission:
     """
     made, fed = trained(plan, "torchtitan")
     layout = made.layout
-    schedules = _MULTI if layout.virtual_stages > 1 else _SINGLE
-    schedule, limits = schedule_limits(made, schedules, "torchtitan")
-    flavor = _FLAVORS.get((made.model.layers, made.model.hidden, made.model.heads, made.model.kv_heads), "")
-    limits += _limits(plan, made, fed, flavor)
+    schedule, limits = titan_schedule(made)
+    flavor = flavor_of(made.model)
+    limits += titan_limits(made, fed, flavor)
     model: dict[str, object] = {"name": "llama3", **({"flavor": flavor} if flavor else {})}
     sections: Values = {
         "job": {"description": f"{plain(plan.model.name)}, plan {plan.digest[7:23]}"},
         "model": model,
-        "training": _training(layout, fed),
+        "training": training_values(layout, fed),
         "parallelism": _parallelism(layout) | (_pipeline(made, schedule) if layout.pipeline > 1 else {}),
         "activation_checkpoint": _checkpointing(layout),
     }
@@ -53,7 +52,25 @@ def emit_torchtitan(plan: Plan) -> Emission:
     )
 
 
-def _training(layout: Layout, fed: LlmWorkload) -> dict[str, object]:
+def flavor_of(model: DecoderShape) -> str:
+    """torchtitan's name of the model; empty where it has none."""
+    return _FLAVORS.get((model.layers, model.hidden, model.heads, model.kv_heads), "")
+
+
+def titan_schedule(made: Parallelism) -> tuple[str, tuple[str, ...]]:
+    """torch's name of the schedule, or that of the nearest, and what it lacks."""
+    return schedule_limits(made, _MULTI if made.layout.virtual_stages > 1 else _SINGLE, "torchtitan")
+
+
+def part_names(made: Parallelism, projection: str) -> list[list[str]]:
+    """Modules of each stage; ``projection`` is what a release calls the output projection."""
+    stages = [[f"layers.{layer}" for layer in layers] for layers in stage_layers(made)]
+    stages[0].insert(0, "tok_embeddings")
+    stages[-1] += ["norm", projection]
+    return stages
+
+
+def training_values(layout: Layout, fed: LlmWorkload) -> dict[str, object]:
     if fed.dtype == "fp16":
         raise InputError("torchtitan computes in bfloat16 or float32, not fp16; compile the plan for bf16")
     step = layout.micro_batch * layout.micro_batches
@@ -81,13 +98,10 @@ def _parallelism(layout: Layout) -> dict[str, object]:
 
 
 def _pipeline(made: Parallelism, schedule: str) -> dict[str, object]:
-    stages = [[f"layers.{layer}" for layer in layers] for layers in stage_layers(made)]
-    stages[0].insert(0, "tok_embeddings")
-    stages[-1] += ["norm", "output"]
     return {
         "pipeline_parallel_schedule": schedule,
         "pipeline_parallel_microbatch_size": made.layout.micro_batch,
-        "module_fqns_per_model_part": stages,
+        "module_fqns_per_model_part": part_names(made, "output"),
     }
 
 
@@ -97,7 +111,8 @@ def _checkpointing(layout: Layout) -> dict[str, object]:
     return {"mode": layout.recompute}
 
 
-def _limits(plan: Plan, made: Parallelism, fed: LlmWorkload, flavor: str) -> tuple[str, ...]:
+def titan_limits(made: Parallelism, fed: LlmWorkload, flavor: str) -> tuple[str, ...]:
+    """What torchtitan lacks or does otherwise, in both dialects."""
     layout, said = made.layout, ["tokenizer, data set and learning rate are not part of a plan"]
     if not flavor:
         said.append(

@@ -10,7 +10,7 @@ from codegen.emission import Emission
 from ir.errors import InputError
 from ir.plan import Plan, write_atomically
 
-TARGETS = ("torchtitan", "megatron", "accelerate", "vllm")
+TARGETS = ("torchtitan", "torchtitan-0.3", "megatron", "accelerate", "vllm")
 """Targets that give an :class:`codegen.emission.Emission`."""
 
 
@@ -19,10 +19,12 @@ def emission(plan: Plan, target: str) -> Emission:
     from codegen.accelerate import emit_accelerate
     from codegen.megatron import emit_megatron
     from codegen.torchtitan import emit_torchtitan
+    from codegen.torchtitan_python import emit_torchtitan_python
     from codegen.vllm import emit_vllm
 
     emitters: dict[str, Callable[[Plan], Emission]] = {
         "torchtitan": emit_torchtitan,
+        "torchtitan-0.3": emit_torchtitan_python,
         "megatron": emit_megatron,
         "accelerate": emit_accelerate,
         "vllm": emit_vllm,

@@ -1,9 +1,11 @@
 """Emitters for trainers of decoders: names against checked-in field lists, meaning against the plan, and the
-targets' own parsers where they are installed (pip install torchtitan==0.2.2 accelerate==1.15.0; Megatron-LM on
-the path)."""
+targets' own parsers where they are installed (pip install torchtitan==0.2.2, or 0.3.0, and accelerate==1.15.0;
+Megatron-LM on the path)."""
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -22,6 +24,7 @@ from codegen.accelerate import emit_accelerate
 from codegen.emission import Emission
 from codegen.megatron import emit_megatron
 from codegen.torchtitan import emit_torchtitan
+from codegen.torchtitan_python import emit_torchtitan_python
 from ir.decoder import LlmWorkload
 from ir.errors import InputError
 from ir.parallelism import Parallelism, ParallelismConstraints
@@ -70,9 +73,9 @@ def flags_of(text: str) -> dict[str, str | bool]:
     return found
 
 
-def values_fit(section: str, values: dict[str, Any]) -> None:
+def values_fit(section: str, values: dict[str, Any], dialect: str = "torchtitan") -> None:
     """Every field is the section's and its value has the declared type."""
-    known = FIELDS["torchtitan"]["sections"][section]
+    known = FIELDS[dialect]["sections"][section]
     for name, value in values.items():
         assert name in known, f"{section} has no field {name}"
         declared = known[name]
@@ -108,6 +111,48 @@ def test_torchtitan_names_and_meaning(plans: dict[str, Plan], name: str) -> None
             assert counts == list(own)
 
 
+def assignments_of(text: str) -> dict[str, ast.expr]:
+    """What the emitted function assigns to fields of ``config``."""
+    tree = ast.parse(text)
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    found = {}
+    for statement in function.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Attribute):
+            found[statement.targets[0].attr] = statement.value
+    return found
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_torchtitan_functions_say_what_the_toml_says(plans: dict[str, Plan], name: str) -> None:
+    """Names and types against the list of 0.3.0, values against the file of 0.2.2."""
+    listed = FIELDS["torchtitan_python"]
+    plan = plans[name]
+    text, older = emit_torchtitan_python(plan).text, tomllib.loads(emit_torchtitan(plan).text)
+    made = assignments_of(text)
+    for field, kind in (("training", "TrainingConfig"), ("parallelism", "ParallelismConfig")):
+        call = made[field]
+        assert isinstance(call, ast.Call)
+        assert ast.unparse(call.func) == kind
+        values = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+        values_fit(kind, values, "torchtitan_python")
+        for key in values.keys() & older[field].keys() - {"module_fqns_per_model_part"}:
+            assert values[key] == older[field][key]
+        if "module_fqns_per_model_part" in values:
+            parts = [
+                [fqn.replace("lm_head", "output") for fqn in part]
+                for part in values["module_fqns_per_model_part"]
+            ]
+            assert parts == older[field]["module_fqns_per_model_part"]
+        if field == "training" and section(plan).layout.pipeline > 1:
+            assert values["disable_cuda_graphs"] is True  # else Trainer.Config of 0.3.0 refuses
+    policy = ast.unparse(made["activation_checkpoint"]).partition(".")[0]
+    wanted = {"none": "None", "full": "FullAC", "elementwise": "SelectiveAC"}[section(plan).layout.recompute]
+    assert policy == wanted
+    assert policy == "None" or policy in listed["policies"]
+    assert re.findall(r"config = (\w+)\(\)", text)[0] in listed["bases"]
+    assert re.findall(r'model_registry\("(\w+)"\)', text)[0] in listed["flavors"]
+
+
 @pytest.mark.parametrize("name", list(RULES))
 def test_megatron_names_and_meaning(plans: dict[str, Plan], name: str) -> None:
     made, flags = section(plans[name]), flags_of(emit_megatron(plans[name]).text)
@@ -141,6 +186,7 @@ def test_accelerate_names_and_meaning(plans: dict[str, Plan]) -> None:
 def test_what_a_target_lacks_is_said_in_the_file(plans: dict[str, Plan]) -> None:
     emitted = {
         "torchtitan": emit_torchtitan(plans["zero_bubble"]),
+        "torchtitan 0.3": emit_torchtitan_python(plans["zero_bubble"]),
         "megatron": emit_megatron(plans["zero_bubble"]),
         "accelerate": emit_accelerate(plans["flat"]),
     }
@@ -174,7 +220,27 @@ def installed(module: str) -> bool:
         return False
 
 
-@pytest.mark.skipif(not installed("torchtitan"), reason="torchtitan 0.2.2 is not installed")
+def titan(release: str) -> bool:
+    return installed("torchtitan") and importlib.metadata.version("torchtitan").startswith(release)
+
+
+@pytest.mark.skipif(not titan("0.3"), reason="torchtitan 0.3 is not installed")
+@pytest.mark.parametrize("name", list(RULES))
+def test_torchtitan_reads_its_function(
+    plans: dict[str, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from torchtitan.config import ConfigManager
+
+    (tmp_path / f"planned_{name}.py").write_text(emit_torchtitan_python(plans[name]).text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    read = ConfigManager().parse_args(["--module", f"planned_{name}", "--config", "plan"])
+    layout = section(plans[name]).layout
+    assert read.parallelism.tensor_parallel_degree == layout.tensor
+    assert read.parallelism.pipeline_parallel_degree == layout.pipeline
+    assert read.training.seq_len == 8192
+
+
+@pytest.mark.skipif(not titan("0.2"), reason="torchtitan 0.2.2 is not installed")
 @pytest.mark.parametrize("name", list(RULES))
 def test_torchtitan_reads_its_file(plans: dict[str, Plan], tmp_path: Path, name: str) -> None:
     from torchtitan.config import ConfigManager
