@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ir.errors import InputError
 from ir.plan import Plan, write_atomically
-from ir.reading import read_json
+from ir.reading import clipped, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -79,22 +79,40 @@ def load_checkpoint(plan: Plan, sharded: ShardedModel, folder: str | Path) -> in
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    about = read_json(Path(folder) / LATEST, "checkpoint")
-    if not isinstance(about, dict) or not {"step", "folder", "model"} <= about.keys():
-        raise InputError(f"{Path(folder) / LATEST} does not name a checkpoint; it was edited or damaged")
+    from codegen.checkpoint_reader import TensorReader
+
+    about = read_latest(folder)
     if about["model"] != plan.model.digest:
         raise InputError(
             f"the checkpoint in {folder} is of another model than the plan of {plan.model.name}; its tables or "
             "layers differ"
         )
-    source = Path(folder) / Path(str(about["folder"])).name
+    source = Path(folder) / about["folder"]
     state = _state(plan, sharded)
     with torch.no_grad():
         try:
-            load(state, checkpoint_id=source)
-        except (OSError, CheckpointException) as error:
+            load(state, checkpoint_id=source, storage_reader=TensorReader(source))
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()), (error,))[0]
+            raise InputError(f"checkpoint {source} cannot be read: {clipped(str(first))}") from None
+        except OSError as error:
             raise InputError(f"checkpoint {source} cannot be read: {error}") from None
-    return int(about["step"])
+    step: int = about["step"]
+    return step
+
+
+def read_latest(folder: str | Path) -> dict[str, Any]:
+    """Step, folder and model of the last whole checkpoint; raises InputError when ``latest`` names none."""
+    path = Path(folder) / LATEST
+    about = read_json(path, "checkpoint")
+    if (
+        not isinstance(about, dict)
+        or type(about.get("step")) is not int
+        or about.get("folder") != f"step-{about['step']:09d}"
+        or not isinstance(about.get("model"), str)
+    ):
+        raise InputError(f"{path} does not name a checkpoint; it was edited or damaged")
+    return about
 
 
 def _state(plan: Plan, sharded: ShardedModel) -> dict[str, Any]:

@@ -119,7 +119,12 @@ def measured_events(files: Iterable[str | Path]) -> list[Event]:
         data = read_json(file, "trace")
         if not isinstance(data, dict) or not isinstance(data.get("traceEvents"), list):
             raise InputError(f"trace {file} has no traceEvents; give a file of torch.profiler")
-        ranks.append([e for e in data["traceEvents"] if isinstance(e, dict) and e.get("ph") == "X"])
+        found = [e for e in data["traceEvents"] if isinstance(e, dict) and e.get("ph") == "X"]
+        if not all(
+            type(e.get("ts")) in (int, float) and type(e.get("dur", 0)) in (int, float) for e in found
+        ):
+            raise InputError(f"trace {file} has an event without a time; give a file of torch.profiler")
+        ranks.append(found)
     starts = [float(e["ts"]) for events in ranks for e in events]
     first = min(starts, default=0.0)
     made: list[Event] = []

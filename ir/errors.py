@@ -14,7 +14,10 @@ class                     exit code  meaning
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+LONGEST_NAME, MOST_NAMES = 100, 5000
 
 
 class PlannerError(Exception):
@@ -55,5 +58,9 @@ class InfeasibleError(PlannerError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1)
+    if len(name) > LONGEST_NAME:
+        return ""
+    # the comparison takes time with the product of the lengths: long names and long lists are cut short
+    few = itertools.islice((other for other in known if len(other) <= LONGEST_NAME), MOST_NAMES)
+    near = difflib.get_close_matches(name, list(few), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

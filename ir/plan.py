@@ -20,7 +20,7 @@ from ir.constraints import Constraints, ShardingType
 from ir.decisions import Decisions
 from ir.errors import InputError
 from ir.format_plan import FormatId
-from ir.reading import STRICT, as_mapping, digest, dump_record, parse_record, read_json
+from ir.reading import STRICT, as_mapping, clipped, digest, dump_record, parse_record, read_json
 from ir.tier_plan import TableTiers
 from ir.topology import Topology
 from ir.workload import Workload
@@ -267,6 +267,9 @@ class Plan:
             )
         claimed = fields.pop("digest", None)
         plan = parse_record(cls, fields, what)
+        fault = _unreadable(plan)
+        if fault:
+            raise InputError(f"{what} is inconsistent: {fault}; compile it again")
         # over the text as written: fields that later versions add must not make older plans look damaged
         if claimed is not None and claimed != digest(fields):
             raise InputError(f"{what} does not match its digest: it was edited or damaged; compile it again")
@@ -276,6 +279,28 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file; raises InputError."""
         return cls.from_dict(read_json(path, "plan"), f"plan {path}")
+
+
+def _unreadable(plan: Plan) -> str:
+    """What would keep a reader from looking things up; whether the plan is sound is the verifier's question."""
+    world = plan.world_size
+    if [record.rank for record in plan.memory] != list(range(world)):
+        return f"memory is not listed for ranks 0..{world - 1} in order"
+    if any(record.limit < 1 for record in plan.memory):
+        return "a rank may use no memory at all"
+    if plan.timeline.step < 0 or any(event.duration < 0 for event in plan.timeline.events):
+        return "the modelled step has a negative time"
+    for table in plan.table_plans:
+        if not table.shards:
+            return f"table {clipped(table.name)!r} has no shards"
+        if max(shard.rank for shard in table.shards) >= world:
+            return f"table {clipped(table.name)!r} has a shard beyond rank {world - 1}"
+    made = plan.decisions.parallelism
+    if made is not None:
+        shape = [made.layout.virtual_stages] * made.layout.pipeline
+        if [len(own) for own in made.stages] != shape:
+            return "its pipeline stages are not those of the layout"
+    return ""
 
 
 def _without_none(record: dict[str, Any], *names: str) -> None:

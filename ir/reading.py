@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +16,9 @@ from ir.errors import InputError
 
 # A file larger than this is not something a person wrote; refuse before parsing it.
 MAX_FILE_BYTES = 256 * 2**20
+MAX_NESTING = 100  # the deepest record of a plan has 8 levels
+MAX_DIGITS = 20  # of a whole number with its sign; 2**63 has 19
+MAX_SHOWN = 300  # characters of a user's text repeated in a message
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Put on records that are read from files: unknown keys, NaN and infinities are errors."""
@@ -30,12 +35,19 @@ def adapter(cls: type[Record]) -> TypeAdapter[Record]:
     return _ADAPTERS[cls]
 
 
+def clipped(text: str) -> str:
+    """``text`` for a message: long ones lose their end."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
 def parse_record(cls: type[Record], data: object, what: str) -> Record:
     """``data`` as a ``cls``; raises InputError that lists each bad key with its path."""
     try:
         return adapter(cls).validate_python(data)
     except ValidationError as error:
         raise InputError(f"{what}: {_explain(error)}") from None
+    except RecursionError:
+        raise InputError(f"{what} is nested too deeply to be read") from None
 
 
 def dump_record(record: object) -> dict[str, Any]:
@@ -47,34 +59,38 @@ def dump_record(record: object) -> dict[str, Any]:
 
 def _explain(error: ValidationError) -> str:
     faults = []
-    for fault in error.errors(include_url=False)[:5]:
-        path = ".".join(str(part) for part in fault["loc"]) or "top level"
+    found = error.errors(include_url=False, include_input=False)
+    for fault in found[:5]:
+        path = clipped(".".join(str(part) for part in fault["loc"])) or "top level"
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             message = "unknown key; remove it or correct its spelling"
         elif fault["type"] == "missing":
             message = "missing; add it"
         else:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = clipped(fault["msg"].removeprefix("Value error, "))
         faults.append(f"{path}: {message}")
-    more = len(error.errors()) - len(faults)
+    more = len(found) - len(faults)
     return "; ".join(faults) + (f"; and {more} more" if more > 0 else "")
 
 
 def read_text(path: str | Path, what: str) -> str:
     """The text of a file; raises InputError when it is missing, too large or not UTF-8."""
-    path = Path(path)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        with open(
+            path, "rb"
+        ) as file:  # reads no more than the limit, also of pipes and devices without a size
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
             raise InputError(
                 f"{what} {path} is larger than {MAX_FILE_BYTES} bytes; this is not a file for people"
             )
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8")
     except FileNotFoundError:
         raise InputError(f"{what} {path} does not exist; check the path") from None
     except IsADirectoryError:
         raise InputError(f"{what} {path} is a folder; name a file in it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} {path} cannot be read: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL in it
+        raise InputError(f"{what} {clipped(str(path))!r} cannot be read: {clipped(str(error))}") from None
 
 
 def read_json(path: str | Path, what: str) -> Any:
@@ -83,27 +99,76 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def loads_json(text: str, what: str) -> Any:
-    """Parsed strict JSON (no NaN, no duplicate keys); raises InputError."""
-
-    def refuse_constant(name: str) -> None:
-        raise InputError(f"{what} holds {name}, which is not a finite number; replace it")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        data = dict(pairs)
-        if len(data) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{what} has the key {twice!r} twice in one object; remove one")
-        return data
-
+    """Parsed strict JSON (finite numbers, no duplicate keys, bounded nesting); raises InputError."""
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
+        data = json.loads(
+            text,
+            parse_constant=lambda name: _refuse(f"{name}, which is not a finite number; replace it"),
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_unique,
+        )
     except json.JSONDecodeError as error:
         raise InputError(
             f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
+    except _Refused as error:
+        raise InputError(f"{what} {error}") from None
     except RecursionError:
         raise InputError(f"{what} is nested too deeply to be read") from None
+    if not _shallow(data):
+        raise InputError(f"{what} is nested too deeply to be read")
+    if "\\ud" in text or "\\uD" in text:  # halves of a character come from escapes alone
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{what} holds half of a character (\\ud800 to \\udfff); replace it") from None
+    return data
+
+
+class _Refused(Exception):
+    """A value of a JSON text that is not read; says what it holds."""
+
+
+def _refuse(held: str) -> None:
+    raise _Refused(f"holds {held}")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        _refuse(f"{clipped(digits)}, which is too large for a number; replace it")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MAX_DIGITS or abs(int(digits)) >= 2**63:
+        _refuse(f"{clipped(digits)}, which is no count; numbers end at 2**63")
+    return int(digits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        twice = next(name for name, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _Refused(f"has the key {clipped(twice)!r} twice in one object; remove one")
+    return data
+
+
+def _shallow(data: object) -> bool:
+    """At most :data:`MAX_NESTING` levels, so that nothing later runs out of stack."""
+    level = [data]
+    for _ in range(MAX_NESTING):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return True
+    return False
 
 
 def canonical_json(data: object) -> str:

@@ -26,12 +26,14 @@ from ir.dtypes import nbytes
 from ir.errors import InputError, did_you_mean
 from ir.ops import EmbeddingTable, Op
 from ir.program import Model
-from ir.reading import STRICT, as_mapping, parse_record, read_json
+from ir.reading import STRICT, as_mapping, clipped, parse_record, read_json
 from ir.workload import FeatureStats, Workload
 
 _SETS = ("models", "variants", "datasets")
 _LISTS = ("tables", "features")
+MAX_DIM = 2**20  # columns
 
+Name = Annotated[str, Field(min_length=1, max_length=500)]
 Pooling = Annotated[float, Field(ge=0, le=1e9)]
 
 
@@ -41,12 +43,12 @@ class TableEntry:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Name
     rows: Annotated[int, Field(ge=1, le=2**50)]
-    dim: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    dim: Annotated[int, Field(ge=1, le=MAX_DIM)] | None = None
     pooling_factor: Pooling | None = 1.0
-    features: tuple[Pooling, ...] | tuple[str, ...] | None = None
-    shares: str | None = None
+    features: tuple[Pooling, ...] | tuple[Name, ...] | None = None
+    shares: Name | None = None
     dtype: Annotated[str, Field(pattern="^(fp32|fp16|bf16)$")] = "fp32"
     pooling: Annotated[str, Field(pattern="^(sum|mean|max|none)$")] = "sum"
 
@@ -85,11 +87,13 @@ def _select(data: object, chosen: str, path: str) -> tuple[Sequence[Any], int | 
     if isinstance(data, list):
         data = {"tables": data}
     data = as_mapping(data, f"table list {path}")
-    named = {name: part for key in _SETS for name, part in dict(data.get(key) or {}).items()}
+    named: dict[str, Any] = {}
+    for key in _SETS:
+        named |= as_mapping(data.get(key) or {}, f"{key!r} of table list {path}")
     if not chosen:
         if not any(key in data for key in _LISTS):
             hint = (
-                f"choose one of its sets, as {path}#{next(iter(named))}"
+                f"choose one of its sets, as {path}#{clipped(next(iter(named)))}"
                 if named
                 else 'give it a list "tables"'
             )
@@ -97,7 +101,8 @@ def _select(data: object, chosen: str, path: str) -> tuple[Sequence[Any], int | 
         part: Any = data
     elif chosen not in named:
         raise InputError(
-            f"{path} has no set {chosen!r}{did_you_mean(chosen, named)}; it has {', '.join(named) or 'none'}"
+            f"{path} has no set {clipped(chosen)!r}{did_you_mean(chosen, named)}; it has "
+            f"{clipped(', '.join(named)) or 'none'}"
         )
     else:
         part = named[chosen]
@@ -177,7 +182,7 @@ def _owner(entry: TableEntry, known: Mapping[str, TableEntry]) -> str:
 
 def _table(entry: TableEntry, features: tuple[str, ...], dim: int | None) -> EmbeddingTable:
     columns = entry.dim if entry.dim is not None else dim
-    if not isinstance(columns, int) or columns < 1:
+    if isinstance(columns, bool) or not isinstance(columns, int) or not 1 <= columns <= MAX_DIM:
         raise InputError(f'table {entry.name!r} has no dim; give it "dim", the number of columns')
     return EmbeddingTable(
         name=entry.name,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ir.errors import InputError
+from ir.reading import clipped
 
 Floats = npt.NDArray[np.float64]
+MAX_BYTES = 2**30  # of a sample file when unpacked: 16,000 samples of 856 tables of 16 columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,16 +93,29 @@ class PooledSample:
     def load(cls, path: str | Path) -> PooledSample:
         """Read what :meth:`save` wrote; raises InputError."""
         try:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > MAX_BYTES:
+                raise InputError(f"{path} unpacks to more than {MAX_BYTES} bytes; sample fewer batches")
             with np.load(path, allow_pickle=False) as data:
-                parts: dict[str, Any] = {key: data[key] for key in ("features", "dims", "pooled")}
+                features, dims, pooled = (data[key] for key in ("features", "dims", "pooled"))
         except FileNotFoundError:
             raise InputError(f"pooled sample {path} does not exist; check the path") from None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            # MemoryError: an array's header claims more than there is
             raise InputError(
-                f"{path} is no pooled sample: {error}; write one with PooledSample.save"
+                f"{path} is no pooled sample: {clipped(str(error))}; write one with PooledSample.save"
             ) from None
-        return cls(
-            tuple(map(str, parts["features"])),
-            tuple(map(int, parts["dims"])),
-            np.asarray(parts["pooled"], dtype=np.float32),
-        )
+        if features.ndim != 1 or features.dtype.kind != "U" or dims.ndim != 1 or dims.dtype.kind not in "iu":
+            raise InputError(f"{path} is no pooled sample: it lacks names and widths of features")
+        if pooled.dtype.kind != "f" or (dims < 1).any():
+            raise InputError(f"{path} is no pooled sample: its vectors are no floats or have no columns")
+        return cls(tuple(map(str, features)), tuple(map(int, dims)), np.asarray(pooled, dtype=np.float32))

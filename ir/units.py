@@ -16,24 +16,27 @@ _BITS = {"bps": 1 / 8, "Kbps": 1e3 / 8, "Mbps": 1e6 / 8, "Gbps": 1e9 / 8, "Tbps"
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _FLOPS = {"FLOP/s": 1.0, "GFLOP/s": 1e9, "TFLOP/s": 1e12, "PFLOP/s": 1e15, "GFLOPS": 1e9, "TFLOPS": 1e12}
 
+_MOST = 1e30  # no quantity is larger; products of a few stay finite
+_LONGEST = 60  # characters of a quantity
 _NUMBER = re.compile(r"^\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([A-Za-zµ/]*)\s*$")
 
 
 def _parse(value: object, units: dict[str, float], what: str, example: str) -> float:
-    if isinstance(value, bool):
-        raise ValueError(f"{what} must be a number or text such as {example!r}, not {value!r}")
-    if isinstance(value, (int, float)):
-        number = float(value)
-    else:
-        match = _NUMBER.match(str(value))
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        kind = type(value).__name__
+        raise ValueError(f"{what} must be a number or text such as {example!r}, not a {kind}")
+    if isinstance(value, str):
+        match = _NUMBER.match(value) if len(value) <= _LONGEST else None
         if match is None:
-            raise ValueError(f"{what} must be a number or text such as {example!r}, not {value!r}")
+            raise ValueError(f"{what} must be a number or text such as {example!r}, not {value[:_LONGEST]!r}")
         unit = match.group(2)
         if unit and unit not in units:
             raise ValueError(f"unknown unit {unit!r} in {value!r}; use one of {', '.join(units)}")
         number = float(match.group(1)) * (units[unit] if unit else 1.0)
-    if not math.isfinite(number):
-        raise ValueError(f"{what} must be finite, not {value!r}")
+    else:
+        number = float(value) if abs(value) < _MOST else math.inf
+    if not abs(number) < _MOST:
+        raise ValueError(f"{what} must be finite and below {_MOST:g}, not {str(value)[:_LONGEST]}")
     return number
 
 

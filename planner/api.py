@@ -18,6 +18,7 @@ from ir.program import Mode, Model, Objective, Options, Program
 from ir.reading import read_text
 from ir.topology import Topology
 from ir.workload import Workload
+from ir.yaml_reading import loads_yaml
 from planner.decoders import decoder_inputs, decoder_pipeline
 from planner.plan import Plan
 from planner.serving import serving_inputs, serving_pipeline
@@ -47,20 +48,8 @@ def topology(name: str | Path | Topology) -> Topology:
 
 
 def load_yaml(path: str | Path, what: str) -> Any:
-    """Parsed YAML (safe loader); raises InputError with the line of a syntax error."""
-    import yaml
-
-    text = read_text(path, what)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(
-            f"{what} {path} is not YAML: {getattr(error, 'problem', 'bad syntax')}{where}"
-        ) from None
-    except RecursionError:
-        raise InputError(f"{what} {path} is nested too deeply to be read") from None
+    """Parsed YAML of a file, plain data only; raises InputError with the line of what is wrong."""
+    return loads_yaml(read_text(path, what), f"{what} {path}")
 
 
 def compile(

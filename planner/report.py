@@ -86,7 +86,7 @@ def _measured(path: str | Path | None) -> dict[str, Any] | None:
     if not isinstance(data, dict) or not isinstance(data.get("step_seconds"), list):
         raise InputError(f"measured run {path} has no step_seconds; give what `planner run --json` printed")
     steps = data["step_seconds"]
-    if not steps or not all(isinstance(s, int | float) and s >= 0 for s in steps):
+    if not steps or not all(type(s) in (int, float) and s >= 0 for s in steps):
         raise InputError(f"measured run {path}: step_seconds must be a list of seconds")
     return {"steps": steps, "median": float(np.median(steps))}
 

@@ -131,8 +131,9 @@ def storage_lines(plan: Plan, table: TablePlan) -> list[Text]:
     """Format and tiers of one table, each with its reason."""
     lines = []
     section = plan.decisions.formats
-    if table.format is not None and section is not None:
-        tensor = next(t for t in section.tensors if t.name == table.name)
+    known = {tensor.name: tensor for tensor in section.tensors} if section is not None else {}
+    if table.format is not None and table.name in known:
+        tensor = known[table.name]
         lines.append(Text(f"format: {table.format}, {tensor.bits:.3g} bits; {tensor.reason}"))
     if table.tiers is not None:
         lines.append(Text(f"rows: {_ranges(table.tiers)}; {table.tiers.reason}"))

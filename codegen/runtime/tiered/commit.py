@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from codegen.runtime.tiered import native
 from ir.errors import InputError
-from ir.reading import as_mapping, loads_json
+from ir.reading import as_mapping, read_json
 
 MANIFEST = "table.json"
 FORMAT = 1  # of the files; another number is refused
@@ -107,13 +107,12 @@ def write_manifest(folder: Path, data: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What :func:`write_manifest` wrote; raises InputError when the folder holds no table."""
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder} holds no tiered table; create one there first") from None
-    data = dict(as_mapping(loads_json(text, f"{folder / MANIFEST}"), str(folder / MANIFEST)))
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder} holds no tiered table; create one there first")
+    data = dict(as_mapping(read_json(path, "manifest"), str(path)))
     if data.pop("format", None) != FORMAT:
-        raise InputError(f"{folder / MANIFEST} is of another format than {FORMAT}; create the table again")
+        raise InputError(f"{path} is of another format than {FORMAT}; create the table again")
     return data
 
 
