@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import planner
 from examples.checkpoint_interval import CheckpointInterval, best_interval, overhead
+from ir.constraints import Constraints
 from ir.decisions import Decisions
 from ir.errors import InputError
 from ir.plan import Certificate, Event, Plan, RankMemory, Shard, TablePlan, Timeline
@@ -28,7 +30,8 @@ from planner.verification import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+SYSTEMS = tuple(sorted((DOCS / "systems").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")), *SYSTEMS)
 ROOMS = "ir|cost_models|passes|codegen|planner"
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -121,6 +124,15 @@ def test_the_schema_page_lists_every_field(record: type) -> None:
 def test_every_page_is_in_the_table_of_contents() -> None:
     listed = re.findall(r"^(\w+)$", (DOCS / "index.md").read_text(), flags=re.M)
     assert sorted(listed) == sorted(page.stem for page in DOCS.glob("*.md") if page.stem != "index")
+    listed = re.findall(r"^systems/(\w+)$", (DOCS / "systems.md").read_text(), flags=re.M)
+    assert sorted(listed) == [page.stem for page in SYSTEMS]
+    assert len(listed) == 14
+
+
+@pages
+def test_constraints_that_are_shown_can_be_read(page: Path) -> None:
+    for block in re.findall(r"^```yaml\n# constraints.yaml\n(.*?)^```", page.read_text(), flags=re.S | re.M):
+        Constraints.from_dict(yaml.safe_load(block))
 
 
 def test_no_other_checkpoint_interval_is_cheaper() -> None:
@@ -190,5 +202,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     for page in PAGES[1:]:
-        assert (tmp_path / "html" / f"{page.stem}.html").exists()
+        assert (tmp_path / "html" / page.relative_to(DOCS).with_suffix(".html")).exists()
     assert (tmp_path / "html/schemas/plan.json").exists()
