@@ -133,7 +133,7 @@ def replace_lookup(graph: torch.fx.GraphModule, lookup: torch.fx.Node, movable: 
     for moved in movable:
         with graph.graph.inserting_before(moved.node):
             part = graph.graph.call_function(operator.getitem, (new, f"tower {moved.tower}"))
-            shape = (moved.module.out, moved.module.dim)
+            shape = (moved.module.out, moved.module.dim_out)
             vectors = graph.graph.call_method("unflatten", (part, 1, shape))
         moved.node.replace_all_uses_with(vectors)
         graph.graph.erase_node(moved.node)
@@ -250,7 +250,7 @@ def tower_model(
         mean=frozenset(f for t in plan.table_plans if t.pooling == "mean" for f in t.features),
         keys=[feature for config in collection.embedding_bag_configs() for feature in config.feature_names],
         modules={m.tower: m.module for m in movable},
-        widths=_widths(layout, movable),
+        widths=sent_widths(layout, movable),
         move=move,
         weighted=collection.is_weighted(),
         device=where,

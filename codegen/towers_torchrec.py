@@ -126,7 +126,7 @@ def torchrec_towers(
     fused, arguments = fused_optimizer(name, lr, eps)
     for weight in (bag.weight for t in towers.towers for bag in t.embedding.embedding_bags.values()):
         _apply_optimizer_in_backward(fused, [weight], dict(arguments))
-    graph.add_submodule(LOOKUP, _Named(towers, [m.module.out * m.module.dim for m in movable]))
+    graph.add_submodule(LOOKUP, _Named(towers, [m.module.out * m.module.dim_out for m in movable]))
     replace_lookup(graph, node, movable)
     shards = EmbeddingModuleShardingPlan()
     for table in plan.table_plans:

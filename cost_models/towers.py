@@ -5,7 +5,7 @@ element on the wire, D columns of a vector, V_t and O_t columns of tower t befor
 
 ============== =============================================================================
 in_tower       all-to-all among the G ranks of a tower; a rank sends its lookups' outputs,
-               S = sum over its shards of B F w x
+               S = sum over its shards of B F w x, and lays what it receives side by side
 tower_forward  the module on B / G samples
 peer           all-to-all among T ranks of equal position, all of it between hosts: a rank sends
                (B / G) O_t x (T-1)/T and receives (B / W) x (sum of the other towers' O)
@@ -16,6 +16,9 @@ The flat exchange sends S (W-g)/W between hosts; without modules the two-step ex
 (V_t B/G is a tower's whole output divided over its ranks), so what it saves is latency, which these formulae
 do not grow with the ranks, and what it costs is the exchange inside the tower. Modules divide what crosses
 hosts by V_t / O_t, and shrink the over-arch. Source: Luo et al. 2024 (arXiv 2403.00877).
+
+What a host adds to a step (:mod:`cost_models.shared`) it adds to a step in tower form too, which has one more
+kind of exchange.
 """
 
 from __future__ import annotations
@@ -27,12 +30,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cost_models.calibration import Calibration
-from cost_models.collectives import all_reduce, all_to_all, network
+from cost_models.collectives import Network, all_reduce, all_to_all, network
 from cost_models.compute import BACKWARD_FACTOR, gemm_seconds, stream_seconds
+from cost_models.gemm_formats import format_seconds
 from cost_models.placed import rank_seconds
-from cost_models.step import dense_seconds
+from cost_models.shared import framework_seconds, phase_seconds, shared_seconds
+from cost_models.step import DenseReduction, dense_seconds, ring_reduction
 from cost_models.timeline import TimedOp, schedule
 from ir.dtypes import nbytes
+from ir.format_plan import FormatPlan
 from ir.ops import Op
 from ir.plan import TablePlan, Timeline
 from ir.program import Mode, Model
@@ -41,6 +47,9 @@ from ir.towers import ModuleKind, Tower
 from ir.workload import Workload
 
 _WUKONG_RANK = 24  # codegen.runtime.towers.modules.WukongTower
+# codegen.runtime.towers.sptt: rows in the order of their members, blocks side by side
+_COPIES = 2
+_EXCHANGES = 2  # kinds of exchange of vectors, each with its own layout: in the tower, between peers
 
 Gemm = tuple[float, float, float]  # rows a sample, contraction, columns
 
@@ -54,15 +63,22 @@ class ModuleWork:
     gemms: tuple[Gemm, ...]
 
 
-def module_work(kind: ModuleKind, vectors: int, dim: int, out: int) -> ModuleWork:
+def module_work(kind: ModuleKind, vectors: int, dim: int, out: int, dim_out: int = 0) -> ModuleWork:
     """The work of :func:`codegen.runtime.towers.modules.tower_module`'s modules, by their formulae."""
-    flat, wide = vectors * dim, out * dim
-    mix: Gemm = (dim, vectors, out)
+    columns = dim_out or dim
+    flat, wide = vectors * dim, out * columns
+    mix: Gemm = (columns, vectors, out)
     gemms: tuple[Gemm, ...] = ()
     params = 0
     if kind in ("projection", "dhen"):
-        gemms += ((1, flat, wide), mix)
-        params += flat * wide + wide + vectors * out
+        gemms += ((1, flat, wide),)
+        params += flat * wide + wide
+        if columns < dim:
+            gemms += ((vectors, dim, columns),)
+            params += dim * columns
+        if out < vectors:
+            gemms += (mix,)
+            params += vectors * out
     if kind in ("cross", "dhen"):
         gemms += ((1, flat, dim), (1, dim, flat), (1, flat, wide))
         params += 2 * flat * dim + flat + flat * wide + wide
@@ -129,7 +145,10 @@ def tower_seconds(
         topology, workload, calibration, mode: as everywhere.
         overheads: :func:`cost_models.embedding.phase_overheads`.
     """
-    placed = rank_seconds(plans, topology, workload, calibration, mode)
+    placed = {
+        phase: phase_seconds(phase, seconds, topology.host_size, calibration) + overheads[phase]
+        for phase, seconds in rank_seconds(plans, topology, workload, calibration, mode).items()
+    }
     net, item = network(topology, calibration), nbytes(workload.exchange_dtype)
     ranks, count = towers[0].ranks, len(towers)
     inside = network(tower_topology(topology, ranks), calibration)
@@ -140,26 +159,41 @@ def tower_seconds(
     narrowest = min(tower.width_out for tower in towers)
     out = samples * widest * item * (count - 1) / count
     received = samples / count * item * (total - narrowest)
-    link = all_to_all(float(sent.max()), inside) + (inside.latency if ranks > 1 else 0.0)
+    link = _in_tower_seconds(sent, inside, topology, calibration)
     peer = max(out, received) / net.inter + (net.latency if count > 1 else 0.0)
     forward = max(_module_seconds(tower, kind, samples, workload, topology, calibration) for tower in towers)
     train = mode == "train"
     phases = {
-        "input_dist": float(placed["input_dist"].max()) + overheads["input_dist"],
-        "lookup_forward": float(placed["lookup_forward"].max()) + overheads["lookup_forward"],
+        "framework": framework_seconds(len(plans), _EXCHANGES if ranks > 1 else 1, calibration),
+        "input_dist": placed["input_dist"],
+        "lookup_forward": placed["lookup_forward"],
         "in_tower": link,
         "tower_forward": forward,
         "peer": peer,
         "peer_gradient": peer if train else 0.0,
         "tower_backward": BACKWARD_FACTOR * forward if train else 0.0,
         "in_tower_gradient": link if train else 0.0,
-        "lookup_backward": float(placed["lookup_backward"].max()) + overheads["lookup_backward"],
+        "lookup_backward": placed["lookup_backward"],
     }
     params = max(tower.params for tower in towers)
     if train and params and ranks > 1:
         phases["tower_reduce"] = all_reduce(params * nbytes(workload.compute_dtype), inside) + inside.latency
     spread = (inside.hosts - 1) / inside.hosts * float(sent.max())
     return TowerSeconds(phases, (out + spread) * (2 if train else 1))
+
+
+def _in_tower_seconds(
+    sent: npt.NDArray[np.float64], inside: Network, topology: Topology, calibration: Calibration
+) -> float:
+    """The exchange inside a tower; a tower of one rank has none, and nothing to lay side by side."""
+    if inside.ranks == 1:
+        return 0.0
+    seconds = np.array([all_to_all(float(size), inside) for size in sent])
+    # ranks share a host's card, not the fabric inside it
+    sharing = calibration.card_sharing if inside.hosts > 1 else 1.0
+    moved = _COPIES * float(sent.max())
+    copies = stream_seconds(moved, moved, topology.device, calibration)
+    return shared_seconds(seconds, topology.host_size, sharing) + inside.latency + copies
 
 
 def _module_seconds(
@@ -172,7 +206,7 @@ def _module_seconds(
 ) -> float:
     if kind == "none":
         return 0.0
-    work = module_work(kind, len(tower.features), tower.dim, tower.vectors_out)
+    work = module_work(kind, len(tower.features), tower.dim, tower.vectors_out, tower.columns_out)
     return sum(
         gemm_seconds(samples * rows, k, n, workload.compute_dtype, topology.device, calibration)
         for rows, k, n in work.gemms
@@ -197,23 +231,35 @@ def tower_timeline(
     workload: Workload,
     calibration: Calibration,
     mode: Mode,
+    reduction: DenseReduction | None = None,
+    formats: FormatPlan | None = None,
 ) -> Timeline:
     """The step of a tower plan, on the two streams of :mod:`cost_models.step`.
 
     Both exchanges queue on one network stream, although they use different links. The ids of the next
-    batch travel during this one, and dense gradients are reduced bucket by bucket.
+    batch travel during this one where the calibration says so, and dense gradients are reduced bucket by bucket.
 
     Args:
         over_arch: the model's dense ops above (and beside) the lookups.
         phases: of :func:`tower_seconds`.
         topology, workload, calibration, mode: as everywhere.
+        reduction: of the over-arch's gradients; default :func:`cost_models.step.ring_reduction`.
+        formats: number formats of the over-arch's GEMM operands.
     """
     forward = dense_seconds(over_arch, topology, workload, calibration)
+    train = mode == "train"
+    if formats is not None:
+        forward |= format_seconds(
+            over_arch.ops, formats, forward, topology, workload, calibration, train=train
+        )
     bottom = [op for op in over_arch.ops if op.phase == "bottom"]
     top = [op for op in over_arch.ops if op.phase != "bottom"]
     ops: list[TimedOp] = []
     first: tuple[str, ...] = ()
-    if mode == "inference":
+    if phases.get("framework"):
+        ops.append(TimedOp("framework", "compute", phases["framework"]))
+    ahead = train and calibration.ids_ahead
+    if not ahead:
         ops.append(TimedOp("input_dist", "network", phases["input_dist"]))
         first = ("input_dist",)
     ops += [
@@ -224,9 +270,11 @@ def tower_timeline(
         TimedOp("peer", "network", phases["peer"], ("tower_forward",)),
         TimedOp("top_forward", "compute", sum(forward[op.name] for op in top), ("peer",)),
     ]
-    if mode == "train":
+    if ahead:
         ops.append(TimedOp("input_dist_next", "network", phases["input_dist"]))
-        ops += _backward(bottom, top, forward, phases, topology, workload, calibration)
+    if train:
+        made = reduction or ring_reduction(topology, calibration)
+        ops += _backward(bottom, top, forward, phases, topology, workload, calibration, made)
     return schedule(ops)
 
 
@@ -238,8 +286,9 @@ def _backward(
     topology: Topology,
     workload: Workload,
     calibration: Calibration,
+    reduction: DenseReduction,
 ) -> list[TimedOp]:
-    net, item = network(topology, calibration), nbytes(workload.compute_dtype)
+    item = nbytes(workload.compute_dtype)
     ops: list[TimedOp] = []
     reduced: list[str] = []
 
@@ -248,9 +297,9 @@ def _backward(
         return name
 
     def reduce(name: str, params: float, after: str) -> None:
-        if params > 0 and net.ranks > 1:
-            seconds = all_reduce(params * item, net) + net.latency
-            ops.append(TimedOp(name, "network", seconds, (after,)))
+        if params > 0 and topology.world_size > 1:
+            terms = reduction.price(params * item)
+            ops.append(TimedOp(name, "network", sum(terms.values()), (after,), terms))
             reduced.append(name)
 
     last, waiting = "top_forward", 0.0
@@ -258,7 +307,7 @@ def _backward(
     for op in reversed(top):
         pending.append(op)
         waiting += op.params
-        if waiting * item >= calibration.bucket_bytes:
+        if waiting * item >= reduction.bucket_bytes:
             last = chunk(f"top_backward_{len(ops)}", pending, last)
             reduce(f"all_reduce_{len(ops)}", waiting, last)
             pending, waiting = [], 0.0

@@ -31,6 +31,9 @@ from ir.reading import STRICT
 ModuleKind = Literal["none", "projection", "cross", "wukong", "dhen"]
 """Tower modules: none (the exchange alone), or the architecture whose interaction they shrink."""
 
+Narrowing = Literal["vectors", "columns"]
+"""How a tower module compresses: fewer vectors, or as many vectors of fewer columns."""
+
 TowerObjective = Literal["coherent", "diverse"]
 """Put features that are alike together, or apart."""
 
@@ -47,7 +50,8 @@ class TowerRequest:
         towers: how many; None for one a host, or one for a group of hosts where tables are few.
         objective: what the partition maximises, see :data:`TowerObjective`.
         module: tower module; "none" keeps the model's mathematics.
-        compression: vectors in per vector out, the same for every tower; None lets the budget decide.
+        compression: columns in per column out, the same for every tower; None lets the budget decide.
+        narrow: see :data:`Narrowing`; only projections narrow columns.
         accuracy_budget: share of the energy (sum of squares) of the pooled embeddings that the modules
             may be unable to carry; needs ``interactions``. A proxy for the loss in AUC.
         interactions: file of pooled embeddings of real batches (:class:`ir.tower_sample.PooledSample`);
@@ -62,6 +66,7 @@ class TowerRequest:
     objective: TowerObjective = "coherent"
     module: ModuleKind = "none"
     compression: Annotated[float, Field(ge=1)] | None = None
+    narrow: Narrowing = "vectors"
     accuracy_budget: Annotated[float, Field(ge=0, lt=1)] | None = None
     interactions: str = ""
     balance: Annotated[float, Field(ge=0, le=10)] = 0.25
@@ -77,7 +82,7 @@ class Tower:
         features: in the order their vectors are laid side by side.
         dim: columns of every vector; 0 where they differ (then there is no module).
         width: columns of all vectors together.
-        vectors_out: vectors of ``dim`` columns that cross to the peers; the number of features without module.
+        vectors_out: vectors that cross to the peers; the number of features without module.
         width_out: columns that cross to the peers.
         params: of the module.
         flops: of the module, forward, per sample.
@@ -85,6 +90,7 @@ class Tower:
             samples that were not used to fit it; None without a sample.
         memory: bytes of its tables' weights and optimizer state.
         lookup_seconds: modelled seconds of lookups and updates in a step, summed over its ranks.
+        dim_out: columns of a vector that crosses to the peers; 0: ``dim``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -102,6 +108,12 @@ class Tower:
     energy_lost: Share | None = None
     memory: Count = 0
     lookup_seconds: Amount = 0.0
+    dim_out: Count = 0
+
+    @property
+    def columns_out(self) -> int:
+        """Columns of a vector that crosses to the peers."""
+        return self.dim_out or self.dim
 
     @property
     def compression(self) -> float:

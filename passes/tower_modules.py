@@ -2,7 +2,9 @@
 
 The loss of a width is the share of the energy of a tower's pooled embeddings (squares around the mean)
 that no linear map to that many columns can carry: principal components are fitted on one half of the
-sample and judged on the other. It stands in for the loss in accuracy, which only training shows.
+sample and judged on the other. It stands in for the loss in accuracy, which only training shows. A width is a number
+of vectors, each tower its own, or the number of columns that all vectors keep, the same for all towers, since
+the over-arch multiplies vectors of different towers.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy.typing as npt
 
 from ir.errors import InfeasibleError
 from ir.tower_sample import PooledSample
+from ir.towers import Narrowing
 
 Floats = npt.NDArray[np.float64]
 
@@ -25,20 +28,22 @@ _DETERMINISTIC = 5.0  # CP-SAT's deterministic seconds
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profile:
-    """A tower's energy, and what is lost of it with 1, 2, ... vectors (a fraction of 1 each)."""
+    """A tower's energy, and what is lost of it with 1, 2, ... vectors or columns (a fraction of 1 each)."""
 
     energy: float
     lost: Floats
 
 
-def profile(sample: PooledSample, features: Sequence[str], dim: int) -> Profile:
-    """Measure a tower of vectors of ``dim`` columns; with all vectors kept nothing is lost."""
+def profile(
+    sample: PooledSample, features: Sequence[str], dim: int, narrow: Narrowing = "vectors"
+) -> Profile:
+    """Measure a tower of vectors of ``dim`` columns; with all vectors, or columns, kept nothing is lost."""
     whole = sample.of(features)
     fit, judge = whole[0::2], whole[1::2]
     mean = fit.mean(0)
     fit, judge = fit - mean, judge - mean
     energy = float((judge**2).sum())
-    count = len(features)
+    count, size = (len(features), dim) if narrow == "vectors" else (dim, len(features))
     if energy <= 0:
         return Profile(0.0, np.zeros(count))
     # the components lie in the span of the samples, so the smaller Gram matrix is enough
@@ -49,7 +54,7 @@ def profile(sample: PooledSample, features: Sequence[str], dim: int) -> Profile:
     else:
         basis = np.linalg.eigh(fit.T @ fit)[1]
     carried = np.cumsum(((judge @ basis[:, ::-1]) ** 2).sum(0))
-    widths = np.minimum(np.arange(1, count + 1) * dim, len(carried)) - 1
+    widths = np.minimum(np.arange(1, count + 1) * size, len(carried)) - 1
     lost = np.clip(1.0 - carried[widths] / energy, 0.0, 1.0)
     lost[-1] = 0.0
     return Profile(energy * len(whole) / len(judge), lost)
@@ -58,6 +63,13 @@ def profile(sample: PooledSample, features: Sequence[str], dim: int) -> Profile:
 def fixed_widths(counts: Sequence[int], compression: float) -> list[int]:
     """Vectors that leave each tower at one ratio: rounded up, at least one."""
     return [max(1, math.ceil(count / compression - 1e-9)) for count in counts]
+
+
+def columns_within(profiles: Sequence[Profile], budget: float) -> int:
+    """The fewest columns of all vectors whose total loss stays within ``budget``; profiles by columns."""
+    total = sum(p.energy for p in profiles)
+    lost = np.sum([p.energy * p.lost for p in profiles], axis=0)
+    return 1 + int(np.argmax(lost <= budget * total))
 
 
 def widths_within(profiles: Sequence[Profile], dims: Sequence[int], budget: float) -> list[int]:

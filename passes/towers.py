@@ -16,31 +16,36 @@ import numpy as np
 import numpy.typing as npt
 
 from cost_models.calibration import Calibration, default_calibration
+from cost_models.collective.planning import communication, dense_reduction
 from cost_models.embedding import phase_overheads, unit_seconds
 from cost_models.memory import unit_memory
+from cost_models.step import DenseReduction
 from cost_models.towers import (
     flat_cross_bytes,
     module_work,
     tower_seconds,
     tower_timeline,
 )
+from ir.constraints import Constraints
+from ir.decisions import Decisions
 from ir.errors import InputError
 from ir.plan import Certificate, TablePlan, Timeline
 from ir.program import Model, Program
 from ir.sharding import ShardingOption, largest_units
+from ir.topology import Topology
 from ir.tower_sample import PooledSample
-from ir.towers import Affinity, Tower, TowerDecision, TowerRequest, illegal
+from ir.towers import Affinity, Narrowing, Tower, TowerDecision, TowerRequest, illegal
 from ir.units import format_seconds
 from passes.memory import MemoryAccounting
-from passes.tower_modules import Profile, fixed_widths, profile, widths_within
+from passes.tower_modules import Profile, columns_within, fixed_widths, profile, widths_within
 from passes.tower_partition import partition, partition_value, stated
 from passes.tower_rival import rival_partition
 from passes.tower_sharding import shard_towers
 
 Floats = npt.NDArray[np.float64]
 
-OverArch = Callable[[int], Model]
-"""Dense ops of the model when its interaction sees so many feature vectors instead of one a feature."""
+OverArch = Callable[[int, int], Model]
+"""Dense ops of the model when its interaction sees so many feature vectors, of so many columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,35 +198,57 @@ def _with_modules(
         raise InputError(
             "tower modules need a compression, or an accuracy_budget with interactions to measure it on"
         )
-    profiles: list[Profile | None] = [
-        None if sample is None else profile(sample, tower.features, tower.dim) for tower in towers
+    narrow = _narrowing(request)
+    profiles = [
+        None if sample is None else profile(sample, tower.features, tower.dim, narrow) for tower in towers
     ]
     measured = [p for p in profiles if p is not None]
-    if request.compression is not None:
-        outs = fixed_widths([len(tower.features) for tower in towers], request.compression)
-    else:
-        assert request.accuracy_budget is not None
-        outs = widths_within(measured, [tower.dim for tower in towers], request.accuracy_budget)
+    kept = _kept(request, narrow, towers, measured)
     made = []
-    for tower, out, energy in zip(towers, outs, profiles, strict=True):
-        work = module_work(request.module, len(tower.features), tower.dim, out)
+    for tower, count, energy in zip(towers, kept, profiles, strict=True):
+        vectors, columns = (count, tower.dim) if narrow == "vectors" else (len(tower.features), count)
+        work = module_work(request.module, len(tower.features), tower.dim, vectors, columns)
         made.append(
             replace(
                 tower,
-                vectors_out=out,
-                width_out=out * tower.dim,
+                vectors_out=vectors,
+                dim_out=columns,
+                width_out=vectors * columns,
                 params=work.params,
                 flops=work.flops,
-                energy_lost=None if energy is None else float(energy.lost[out - 1]),
+                energy_lost=None if energy is None else float(energy.lost[count - 1]),
             )
         )
     total = sum(p.energy for p in measured)
-    lost = sum(p.energy * float(p.lost[out - 1]) for p, out in zip(measured, outs, strict=False))
+    lost = sum(p.energy * float(p.lost[count - 1]) for p, count in zip(measured, kept, strict=False))
     return tuple(made), (lost / total if total else 0.0) if sample is not None else None
 
 
 class _Candidate:
     """The tower form of a program: its shards, and its step with and without modules."""
+def _narrowing(request: TowerRequest) -> Narrowing:
+    """What the modules narrow; raises InputError for columns of other modules than projections."""
+    if request.narrow == "columns" and request.module != "projection":
+        raise InputError(
+            f"{request.module} tower modules keep the columns of a vector; ask them to narrow vectors"
+        )
+    return request.narrow
+
+
+def _kept(
+    request: TowerRequest, narrow: Narrowing, towers: Sequence[Tower], measured: Sequence[Profile]
+) -> list[int]:
+    """Vectors that leave each tower, or columns of its vectors, by the ratio or by the budget."""
+    counts = [len(tower.features) for tower in towers]
+    dims = [tower.dim for tower in towers]
+    if request.compression is not None:
+        return fixed_widths(counts if narrow == "vectors" else dims, request.compression)
+    assert request.accuracy_budget is not None
+    if narrow == "columns":
+        return [columns_within(measured, request.accuracy_budget)] * len(towers)
+    return widths_within(measured, dims, request.accuracy_budget)
+
+
 
     def __init__(
         self,
@@ -242,16 +269,28 @@ class _Candidate:
             found = tower_seconds(
                 self.tables, shape, module, topology, workload, calibration, mode, overheads
             )
-            timeline = tower_timeline(model, found.phases, topology, workload, calibration, mode)
+            timeline = tower_timeline(
+                model,
+                found.phases,
+                topology,
+                workload,
+                calibration,
+                mode,
+                planned_reduction(topology, calibration, program.decisions, program.options.constraints),
+                program.decisions.formats,
+            )
             return timeline, found.cross_host_bytes
 
-        plain = tuple(replace(t, vectors_out=len(t.features), width_out=t.width, params=0) for t in towers)
+        plain = tuple(
+            replace(t, vectors_out=len(t.features), dim_out=t.dim, width_out=t.width, params=0)
+            for t in towers
+        )
         self.timeline, crossing = step("exchange", plain, program.model)
         self.steps = {"exchange": self.timeline.step}
         self.crossing = {"exchange": crossing}
         if request.module != "none":
             vectors = sum(tower.vectors_out for tower in towers)
-            above = program.model if over_arch is None else over_arch(vectors)
+            above = program.model if over_arch is None else over_arch(vectors, towers[0].columns_out)
             self.timeline, crossing = step("modules", towers, above)
             self.steps["modules"] = self.timeline.step
             self.crossing["modules"] = crossing
@@ -259,6 +298,18 @@ class _Candidate:
 
 def _decision(
     program: Program,
+def planned_reduction(
+    topology: Topology, calibration: Calibration, decisions: Decisions, constraints: Constraints
+) -> DenseReduction | None:
+    """The all-reduces that were decided for the flat plan; None before that."""
+    decided, asked = decisions.collectives, constraints.collectives
+    if decided is None:
+        return None
+    scheduled = asked is not None and asked.dense_engine == "scheduled"
+    algorithm = asked.dense_algorithm if asked is not None else ""
+    return dense_reduction(communication(topology, calibration), decided.bucket_bytes, scheduled, algorithm)
+
+
     request: TowerRequest,
     towers: tuple[Tower, ...],
     affinity: Affinity | None,

@@ -28,12 +28,12 @@ def price_over_arch(passes: Sequence[Pass], model: Any) -> tuple[Pass, ...]:
     """
     from passes.towers import Towers
 
-    def over_arch(vectors: int) -> Model:
+    def over_arch(vectors: int, dim: int) -> Model:
         from planner.zoo import build
         from planner.zoo.multi_tower import over_arch_model
 
         flat: Any = build(model).module if isinstance(model, str) else model
-        return over_arch_model(flat, vectors)
+        return over_arch_model(flat, vectors, dim)
 
     if not _is_zoo(model):
         return tuple(passes)

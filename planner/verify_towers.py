@@ -60,9 +60,12 @@ def _widths(plan: Plan, section: TowerDecision, number: int) -> Iterator[str]:
         yield f"the features of tower {number} are not those of its tables"
     if sum(table.dim * len(table.features) for table in tables) != tower.width:
         yield f"tower {number} claims {tower.width} columns"
-    out = tower.width if section.module == "none" else tower.vectors_out * tower.dim
+    out = tower.width if section.module == "none" else tower.vectors_out * tower.columns_out
     if out != tower.width_out or tower.width_out > tower.width:
         yield f"tower {number} claims to send {tower.width_out} columns"
+    columns = tower.columns_out
+    if section.module != "none" and not 0 < columns == section.towers[0].columns_out <= tower.dim:
+        yield f"tower {number} sends vectors of {columns} columns, more than it reads or not as many as its peers"
 
 
 def _placement(plan: Plan, section: TowerDecision, seen: dict[str, int]) -> Iterator[str]:

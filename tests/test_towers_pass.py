@@ -20,6 +20,7 @@ from codegen.runtime.launch import launch
 from codegen.runtime.towers.modules import tower_module
 from codegen.tower_script import emit_towers
 from codegen.towers_torchrec import unfit
+from cost_models.calibration import CPU
 from cost_models.towers import module_work
 from ir.capture import capture
 from ir.errors import InputError
@@ -30,7 +31,7 @@ from ir.topology import Device, Level, Link, MemoryTier, Topology
 from ir.tower_sample import PooledSample
 from ir.towers import Tower, TowerDecision, TowerRequest, illegal
 from ir.workload import Workload
-from passes.tower_modules import fixed_widths, profile, widths_within
+from passes.tower_modules import columns_within, fixed_widths, profile, widths_within
 from planner.towers import sample_pooled
 from planner.zoo import build
 from planner.zoo.multi_tower import over_arch_model, with_towers
@@ -60,16 +61,31 @@ def request(**how: Any) -> planner.Constraints:
     return planner.Constraints(towers=TowerRequest(**how))
 
 
-@pytest.mark.parametrize("kind", ["projection", "cross", "wukong", "dhen"])
+@pytest.mark.parametrize(
+    ("kind", "columns"), [("projection", 8), ("projection", 3), ("cross", 8), ("wukong", 8), ("dhen", 8)]
+)
 @pytest.mark.parametrize("out", [1, 2, 5])
-def test_work_of_modules_is_what_torch_counts(kind: Any, out: int) -> None:
-    module = tower_module(kind, 5, 8, out)
-    work = module_work(kind, 5, 8, out)
+def test_work_of_modules_is_what_torch_counts(kind: Any, columns: int, out: int) -> None:
+    module = tower_module(kind, 5, 8, out, dim_out=columns)
+    work = module_work(kind, 5, 8, out, columns)
     assert work.params == sum(p.numel() for p in module.parameters())
     with FlopCounterMode(display=False) as counter:
         sent = module(torch.randn(3, 5, 8))
-    assert sent.shape == (3, out, 8)
+    assert sent.shape == (3, out, columns)
     assert work.flops == pytest.approx(counter.get_total_flops() / 3)
+
+
+def test_projections_start_as_pools_or_as_projections() -> None:
+    """So that the over-arch starts from sums of vectors, or from vectors whose dot products are near the flat ones."""
+    x = torch.randn(3, 5, 8)
+    pooled = tower_module("projection", 5, 8, 2)(x)
+    assert torch.allclose(pooled, torch.stack([x[:, :3].sum(1), x[:, 3:].sum(1)], 1), atol=1e-6)
+    narrow = tower_module("projection", 5, 8, 5, dim_out=3)
+    basis = torch.stack([narrow(torch.eye(8)[i].expand(1, 5, 8))[0, 0] for i in range(8)])
+    assert torch.allclose(basis.T @ basis, torch.eye(3), atol=1e-5)
+    assert torch.equal(tower_module("projection", 5, 8, 5)(x), x)
+    with pytest.raises(InputError, match="cross tower modules keep the 8 columns"):
+        tower_module("cross", 5, 8, 5, dim_out=3)
 
 
 @pytest.mark.parametrize("kind", ["projection", "cross", "wukong", "dhen"])
@@ -110,8 +126,12 @@ def test_energy_lost_is_that_of_the_missing_components() -> None:
     assert found.lost[0] > 0.01
     assert found.lost[1:] == pytest.approx(0.0, abs=1e-6)
     noise = np.random.default_rng(1).standard_normal((20_000, 12)).astype(np.float32)
-    lost = profile(PooledSample(("x", "y", "z"), (4, 4, 4), noise), ["x", "y", "z"], 4).lost
+    sample = PooledSample(("x", "y", "z"), (4, 4, 4), noise)
+    lost = profile(sample, ["x", "y", "z"], 4).lost
     assert lost == pytest.approx([2 / 3, 1 / 3, 0], abs=0.02)
+    by_columns = profile(sample, ["x", "y", "z"], 4, "columns")
+    assert by_columns.lost == pytest.approx([3 / 4, 1 / 2, 1 / 4, 0], abs=0.02)
+    assert [columns_within([by_columns] * 2, budget) for budget in (0.0, 0.3, 0.55, 0.9)] == [4, 3, 2, 1]
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.05, 0.3])
@@ -136,15 +156,20 @@ def test_widths_are_the_narrowest_within_the_budget(budget: float) -> None:
 
 
 def test_towers_pay_on_a_slow_network_only() -> None:
-    """Modules halve what crosses hosts (two tables a tower); with links as fast as the host's they add work."""
+    """Modules keep 8 of 32 columns, or one of two tables' vectors; with links as fast as the host's they add work."""
     work = Workload(8192)
-    always_wide = request(module="projection", compression=4)
+    always_wide = request(module="projection", compression=4, narrow="columns")
     slow = planner.compile(tables(8), machine(4, 1, 1e8), work, constraints=always_wide, time_limit=0.1)
     section = slow.decisions.towers
     assert section is not None
     assert section.applied
     assert slow.timeline.step == section.steps["modules"] < section.steps["flat"]
-    assert section.cross_host_bytes["modules"] * 2 == section.cross_host_bytes["exchange"]
+    assert section.cross_host_bytes["modules"] * 4 == section.cross_host_bytes["exchange"]
+    merged = request(module="projection", compression=4)
+    halved = planner.compile(tables(8), machine(4, 1, 1e8), work, constraints=merged, time_limit=0.1)
+    assert halved.decisions.towers is not None
+    crossing = halved.decisions.towers.cross_host_bytes
+    assert crossing["modules"] * 2 == crossing["exchange"]
     fast = planner.compile(tables(8), machine(4, 1, 1e11), work, constraints=always_wide, time_limit=0.1)
     flat = planner.compile(tables(8), machine(4, 1, 1e11), work, time_limit=0.1)
     assert fast.decisions.towers is not None
@@ -155,6 +180,29 @@ def test_towers_pay_on_a_slow_network_only() -> None:
     for plan in (slow, fast):
         assert all(finding.ok for finding in planner.verify(plan)), planner.verify(plan)
     assert Plan.from_dict(slow.to_dict()).to_dict() == slow.to_dict()
+
+
+def test_a_host_adds_to_a_step_in_tower_form_what_it_adds_to_a_flat_one() -> None:
+    """By hand: 5 ms a step, 1 a table, 2 for the second kind of exchange, ids in line; copies at 50 of 100 GB/s."""
+    host = replace(
+        CPU, ids_ahead=False, step_seconds=5e-3, table_seconds=1e-3, group_seconds=2e-3, kernel_seconds=0.0
+    )
+    plan = planner.compile(
+        tables(8),
+        machine(2, 2, 1e8),
+        Workload(8192),
+        constraints=request(always=True),
+        calibration=host,
+        time_limit=0.1,
+    )
+    events = {event.name: event for event in plan.timeline.events}
+    assert events["framework"].duration == pytest.approx(15e-3)
+    assert "input_dist_next" not in events
+    assert events["lookup_forward"].start >= events["input_dist"].start + events["input_dist"].duration
+    # two tables a rank, half of 8192 x 2 x 128 B leave it; laid out twice, read and written
+    moved = 8192 * 2 * 128
+    expected = moved / 2 / 50e9 + 300e-6 + 4 * moved / 50e9
+    assert events["in_tower"].duration == pytest.approx(expected, rel=1e-6)
 
 
 def test_shards_stay_in_their_tower_and_faults_are_found() -> None:
@@ -195,6 +243,8 @@ def test_requests_that_do_not_fit() -> None:
     mixed = replace(tables(4), tables=(replace(tables(4).tables[0], dim=64), *tables(4).tables[1:]))
     with pytest.raises(InputError, match="need vectors of one width"):
         run(mixed, module="cross", compression=2)
+    with pytest.raises(InputError, match="cross tower modules keep the columns"):
+        run(module="cross", compression=2, narrow="columns")
     sequence = replace(
         tables(4), tables=(replace(tables(4).tables[0], pooling="none"), *tables(4).tables[1:])
     )
@@ -225,16 +275,16 @@ def test_over_arch_of_the_zoo_prices_what_the_model_has(name: str) -> None:
     flat = build(name)
     features, dim = flat.module.features, flat.module.tables[0].dim
     towers = []
+    kind, columns = ("projection", dim // 2) if name.startswith("dlrm") else ("cross", dim)
     for number, (start, end, out) in enumerate([(0, 10, 3), (10, 26, 4)]):
-        work = module_work("cross", end - start, dim, out)
+        work = module_work(kind, end - start, dim, out, columns)
         part = tuple(features[start:end])
-        towers.append(
-            Tower(part, part, number, 1, dim, dim * len(part), out, dim * out, work.params, work.flops)
-        )
-    section = TowerDecision(True, "test", "coherent", "cross", tuple(towers))
+        widths = (dim * len(part), out, columns * out)
+        towers.append(Tower(part, part, number, 1, dim, *widths, work.params, work.flops, dim_out=columns))
+    section = TowerDecision(True, "test", "coherent", kind, tuple(towers))
     model = with_towers(flat.module, section)
     whole = capture(model)
-    priced = over_arch_model(build(name).module, sum(t.vectors_out for t in section.towers))
+    priced = over_arch_model(build(name).module, sum(t.vectors_out for t in section.towers), columns)
     assert whole.dense_params == priced.dense_params + sum(t.params for t in section.towers)
     assert whole.dense_flops == pytest.approx(
         priced.dense_flops + sum(t.flops for t in section.towers), rel=1e-6
@@ -268,7 +318,7 @@ def small_plan() -> planner.Plan:
     return planner.compile(
         "dlrm-small",
         machine(2, 1, 1e9),
-        constraints=request(module="projection", compression=3, always=True),
+        constraints=request(module="projection", compression=3, narrow="columns", always=True),
         time_limit=0.1,
     )
 
@@ -306,6 +356,7 @@ def test_torchrec_towers_train_the_same_model(small_plan: planner.Plan) -> None:
     plan = replace(
         small_plan,
         topology=machine(2, 2, 1e9),
+        memory=tuple(replace(small_plan.memory[0], rank=rank) for rank in range(4)),
         table_plans=tuple(made),
         decisions=replace(small_plan.decisions, towers=replace(section, towers=towers)),
     )
@@ -341,9 +392,7 @@ def test_a_codec_between_peers(
     for answer in launch(f"{RANKS}:coded", 2, how, host_size=1, timeout=120):
         assert answer["error"] < error
         # forward and backward, 200 samples, the widths that the tower sends and receives
-        assert answer["plain"] == 4 * 200 * 16 * sum(
-            t.vectors_out for t in small_plan.decisions.towers.towers
-        )
+        assert answer["plain"] == 4 * 200 * sum(t.width_out for t in small_plan.decisions.towers.towers)
         assert answer["plain"] > saved * answer["sent"]
 
 

@@ -45,15 +45,19 @@ class MultiTower(nn.Module):
     """A flat model with tower modules between its tables and its interaction.
 
     Args:
-        flat: whose tables and bottom MLP are taken over; interaction and first top layer are made anew.
+        flat: whose tables and bottom MLP are taken over; interaction and first top layer are made anew, and so is
+            the last bottom layer where vectors get narrower.
         towers: features of each tower and the vectors that leave it.
         kind: of the tower modules.
+        dim_out: columns of these vectors; 0: those of the tables.
 
     Raises:
         InputError: features that are in no tower or in several, or an interaction that is not the zoo's.
     """
 
-    def __init__(self, flat: DLRM, towers: Sequence[tuple[Sequence[str], int]], kind: ModuleKind) -> None:
+    def __init__(
+        self, flat: DLRM, towers: Sequence[tuple[Sequence[str], int]], kind: ModuleKind, dim_out: int = 0
+    ) -> None:
         super().__init__()
         listed = [feature for features, _ in towers for feature in features]
         if sorted(listed) != sorted(flat.features):
@@ -64,14 +68,14 @@ class MultiTower(nn.Module):
         self.dense_features, self.features = flat.dense_features, flat.features
         self.tables, self.embeddings = flat.tables, flat.embeddings
         self.groups = [tuple(features) for features, _ in towers]
-        self.ebc, self.bottom = flat.ebc, flat.bottom
+        self.ebc = flat.ebc
         dim = flat.tables[0].dim
         device = next(flat.bottom.parameters()).device
         self.towers = nn.ModuleList(
-            tower_module(kind, len(features), dim, out, device) for features, out in towers
+            tower_module(kind, len(features), dim, out, device, dim_out) for features, out in towers
         )
         self.outs = [out for _, out in towers]
-        self.interaction, self.top = over_arch(flat, sum(self.outs))
+        self.bottom, self.interaction, self.top = over_arch(flat, sum(self.outs), dim_out or dim)
 
     def forward(self, dense: Tensor, sparse: Any) -> Tensor:
         """Logits (B,), as :meth:`planner.zoo.dlrm.DLRM.forward`."""
@@ -105,35 +109,57 @@ def with_towers(module: nn.Module, decision: TowerDecision) -> nn.Module:
             f"{type(module).__name__} its own (codegen.runtime.towers.modules) over the features of each tower"
         )
     return MultiTower(
-        module, [(tower.features, tower.vectors_out) for tower in decision.towers], decision.module
+        module,
+        [(tower.features, tower.vectors_out) for tower in decision.towers],
+        decision.module,
+        decision.towers[0].columns_out,
     )
 
 
-def over_arch(flat: DLRM, vectors: int) -> tuple[nn.Module, nn.Module]:
-    """Interaction and top MLP of ``flat`` for ``vectors`` feature vectors; other layers are copied.
+def over_arch(flat: DLRM, vectors: int, dim: int) -> tuple[nn.Sequential, nn.Module, nn.Sequential]:
+    """Bottom MLP, interaction and top MLP of ``flat`` for ``vectors`` feature vectors of ``dim`` columns.
+
+    The bottom MLP is the flat model's own unless its vector has to be narrower; other layers are copied.
 
     Raises:
-        InputError: an interaction that is not the zoo's.
+        InputError: an interaction that is not the zoo's, or one that cannot have narrower vectors.
     """
-    interaction, dim = flat.interaction, flat.tables[0].dim
+    interaction, own = flat.interaction, flat.tables[0].dim
     old = len(flat.features)
     device = next(flat.bottom.parameters()).device
     dense = _dense_width(flat)
     if isinstance(interaction, DotInteraction):
-        return DotInteraction(), _top(flat, dense + (vectors + 1) * vectors // 2, device)
+        top = _top(flat, dim + (vectors + 1) * vectors // 2, device)
+        return _bottom(flat, dim, device), DotInteraction(), top
     if isinstance(interaction, CrossInteraction):
         first = interaction.layers[0]
         assert isinstance(first, LowRankCross | FullCross)
         rank = first.v.out_features if isinstance(first, LowRankCross) else None
         width = dense + vectors * dim
-        return CrossInteraction(width, len(interaction.layers), rank, device), _top(flat, width, device)
+        made: nn.Module = CrossInteraction(width, len(interaction.layers), rank, device)
+        return flat.bottom, made, _top(flat, width, device)
+    if dim != own:
+        raise InputError(
+            f"the interaction {type(interaction).__name__} works on vectors of {own} columns, not {dim}; let the tower "
+            "modules narrow vectors"
+        )
     if isinstance(interaction, WukongInteraction | DHENInteraction):
         made = copy.deepcopy(interaction)
-        made.layers[0] = _first_layer(interaction.layers[0], vectors - old, dim, device)
-        return made, copy.deepcopy(flat.top)
+        made.layers[0] = _first_layer(interaction.layers[0], vectors - old, own, device)
+        return flat.bottom, made, copy.deepcopy(flat.top)
     raise InputError(
         f"the interaction {type(interaction).__name__} is not the zoo's, so it cannot be made for {vectors} vectors"
     )
+
+
+def _bottom(flat: DLRM, width: int, device: torch.device) -> nn.Sequential:
+    """The bottom MLP with ``width`` outputs, its last layer made anew where that is another width."""
+    if _dense_width(flat) == width:
+        return flat.bottom
+    layers = list(flat.bottom)
+    place, last = [(index, layer) for index, layer in enumerate(layers) if isinstance(layer, nn.Linear)][-1]
+    layers[place] = nn.Linear(last.in_features, width, device=device)
+    return nn.Sequential(*layers)
 
 
 def _dense_width(flat: DLRM) -> int:
@@ -178,12 +204,16 @@ def _vectors(layer: DHENLayer) -> int:
     return layer.vectors
 
 
-def over_arch_model(flat: DLRM, vectors: int) -> Model:
-    """The dense ops of ``flat`` above ``vectors`` feature vectors, for pricing; raises InputError."""
+def over_arch_model(flat: DLRM, vectors: int, dim: int = 0) -> Model:
+    """The dense ops of ``flat`` above ``vectors`` feature vectors of ``dim`` columns (0: the tables'), for pricing.
+
+    Raises:
+        InputError: as :func:`over_arch`.
+    """
     from ir.capture import capture
 
-    tables = [EmbeddingTable(f"v{i}", 1, flat.tables[0].dim, (f"v{i}",)) for i in range(vectors)]
-    interaction, top = over_arch(flat, vectors)
+    dim = dim or flat.tables[0].dim
+    tables = [EmbeddingTable(f"v{i}", 1, dim, (f"v{i}",)) for i in range(vectors)]
     stand_in = DLRM(tables, flat.dense_features, (1,), nn.Identity(), 1, (1,), embeddings="plain")
-    stand_in.bottom, stand_in.interaction, stand_in.top = flat.bottom, interaction, top  # type: ignore[assignment]
+    stand_in.bottom, stand_in.interaction, stand_in.top = over_arch(flat, vectors, dim)
     return capture(stand_in, name="over-arch")
