@@ -297,8 +297,9 @@ def _check_tables(plan: Plan, decision: TowerDecision, collection: Any) -> None:
             )
 
 
-def _widths(layout: TowerLayout, movable: Sequence[Movable]) -> list[int]:
-    moved = {m.tower: m.module.out * m.module.dim for m in movable}
+def sent_widths(layout: TowerLayout, movable: Sequence[Movable]) -> list[int]:
+    """Columns that each tower sends its peers."""
+    moved = {m.tower: m.module.out * m.module.dim_out for m in movable}
     return [moved.get(tower, layout.width(tower)) for tower in range(layout.towers)]
 
 
