@@ -12,7 +12,7 @@ import io
 import pathlib
 import pickle
 from pathlib import PurePath
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
@@ -48,7 +48,7 @@ class _Unpickler(pickle.Unpickler):
         raise InputError(f"it names {module}.{name}, which no checkpoint needs")
 
 
-def read_index(file: IO[bytes], what: str) -> Metadata:
+def read_index(file: BinaryIO, what: str) -> Metadata:
     """The index of a checkpoint; raises InputError when it is damaged or is not one."""
     data = file.read(MAX_METADATA_BYTES + 1)
     if len(data) > MAX_METADATA_BYTES:
@@ -86,7 +86,7 @@ class TensorReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(path, "rb") as file:
-            found = read_index(file, f"the checkpoint index {path}")
+            found = read_index(cast(BinaryIO, file), f"the checkpoint index {path}")
         if not isinstance(found.storage_meta, StorageMeta):
             found.storage_meta = StorageMeta()
         found.storage_meta.load_id = self.load_id

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+Diagnosis = tuple[tuple[str, ...], str, Mapping[str, Any]]
 LONGEST_NAME, MOST_NAMES = 100, 5000
 
 
@@ -46,14 +48,46 @@ class InfeasibleError(PlannerError):
         conflict: names of the limits that cannot hold together, in the user's words
             (``"hbm_budget"``, ``"pin[C20]=data_parallel"``).
         relaxation: the smallest change known to make the problem feasible.
+        change: the same for programs: fields of the constraints with their new values, ``{"hosts": 4}``, or
+            ``{"without": (limits,)}``; empty where it was not worked out.
+        diagnose: works these three out when one of them is first asked for, which many callers never do; None
+            from it leaves what was given.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, conflict: Iterable[str] = (), relaxation: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        conflict: Iterable[str] = (),
+        relaxation: str = "",
+        change: Mapping[str, Any] | None = None,
+        diagnose: Callable[[], Diagnosis | None] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.conflict = tuple(conflict)
-        self.relaxation = relaxation
+        self._found: Diagnosis = (tuple(conflict), relaxation, dict(change or {}))
+        self._diagnose = diagnose
+
+    def _diagnosis(self) -> Diagnosis:
+        if self._diagnose is not None:
+            diagnose, self._diagnose = self._diagnose, None
+            self._found = diagnose() or self._found
+        return self._found
+
+    @property
+    def conflict(self) -> tuple[str, ...]:
+        """Limits that cannot hold together."""
+        return self._diagnosis()[0]
+
+    @property
+    def relaxation(self) -> str:
+        """The smallest change known to help, in words."""
+        return self._diagnosis()[1]
+
+    @property
+    def change(self) -> Mapping[str, Any]:
+        """The smallest change known to help, as data."""
+        return self._diagnosis()[2]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ Prices are :mod:`passes.sharding_prices`, the search and the bound :func:`passes
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -34,7 +35,7 @@ from ir.units import format_bytes
 from passes.assignment import Solution, solve
 from passes.reasons import explain_tables
 from passes.sharding_plans import table_plan
-from passes.sharding_prices import sharding_problem
+from passes.sharding_prices import ShardingProblem, sharding_problem
 
 # With hundreds of tables the last per cent costs most of the search and is less than the cost model's
 # error; with few it is cheap, and the plan may be proved optimal.
@@ -62,16 +63,13 @@ class Sharding:
             from passes.joint_plan import decide_jointly  # loads OR-Tools
 
             return decide_jointly(program, calibration)
-        stated = sharding_problem(program, calibration)
         try:
-            solution = solve(
-                stated.problem,
-                time_limit=program.options.time_limit,
-                seed=program.options.seed,
-                stop_gap=GOOD_ENOUGH if len(program.model.tables) > MANY_TABLES else 0.0,
-            )
+            stated = sharding_problem(program, calibration)
+            solution = _solved(program, stated)
         except InfeasibleError as error:
-            raise in_the_users_words(error, stated.dense) from None
+            from passes.conflicts import explained
+
+            raise explained(program, calibration, error) from None
         plans = tuple(
             table_plan(program, table, options[choice], tuple(places))
             for table, options, choice, places in zip(
@@ -80,6 +78,26 @@ class Sharding:
         )
         plans = explain_tables(plans, stated.problem, solution)
         return replace(program, tables=plans, certificate=certify(program, solution, calibration))
+
+
+def _solved(program: Program, stated: ShardingProblem) -> Solution:
+    """The solver's answer; where it finds no placement, from one that was looked for by memory alone."""
+    search = functools.partial(
+        solve,
+        stated.problem,
+        time_limit=program.options.time_limit,
+        seed=program.options.seed,
+        stop_gap=GOOD_ENOUGH if len(program.model.tables) > MANY_TABLES else 0.0,
+    )
+    try:
+        return search()
+    except InfeasibleError as error:
+        from passes.conflicts import peak_bytes, roomiest
+
+        found = roomiest(stated.problem)
+        if found is None or peak_bytes(found) > stated.problem.capacity:
+            raise in_the_users_words(error, stated.dense) from None
+    return search(start=(found.choice, found.placement))
 
 
 def certify(program: Program, solution: Solution, calibration: Calibration) -> Certificate:
