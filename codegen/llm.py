@@ -12,6 +12,7 @@ from codegen.emission import trained
 from codegen.runtime.compare import Difference
 from codegen.runtime.launch import DEFAULT_TIMEOUT, launch
 from codegen.runtime.llm.limits import check_runs
+from codegen.runtime.spans import Span, aligned
 from ir.errors import InputError
 from ir.plan import Plan
 
@@ -60,6 +61,7 @@ class DecoderRun:
     peak_rss: tuple[int, ...]  # bytes, by rank, before the comparison
     parallel_losses: tuple[float, ...]
     reference_losses: tuple[float, ...]
+    spans: tuple[Span, ...] = ()  # of one step more, under the profiler; empty where they were not asked for
 
     @property
     def equal(self) -> bool:
@@ -87,6 +89,7 @@ def run_decoder(
     lr: float = DEFAULT_LR,
     timeout: float = DEFAULT_TIMEOUT,
     on_step: Callable[[int, float], None] | None = None,
+    spans: bool = False,
 ) -> DecoderRun:
     """Train a decoder on one gloo process a rank, as the plan says, and compare with the whole model.
 
@@ -98,6 +101,7 @@ def run_decoder(
         lr: of plain SGD.
         timeout: seconds for the whole run.
         on_step: called with (step, loss).
+        spans: run one step more under the profiler and say when each rank was in which phase.
 
     Raises:
         InputError: the plan does not fit the model or this machine's memory, or is not run here.
@@ -122,6 +126,7 @@ def run_decoder(
             "steps": steps + WARM_UP,
             "seed": seed,
             "lr": lr,
+            "spans": spans,
         },
         host_size=plan.topology.host_size,
         timeout=timeout,
@@ -150,6 +155,7 @@ def run_decoder(
         peak_rss=tuple(answer["peak_rss"] for answer in answers),
         parallel_losses=tuple(answers[0]["losses"]),
         reference_losses=tuple(first["reference_losses"]),
+        spans=aligned(part for answer in answers for part in answer.get("spans", ())),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ir.errors import InputError
+from planner.cli_progress import search_progress
 from planner.cli_support import JSON_OPTION, read_constraints, reports_errors, show
 from planner.decoders import decoder_pipeline, with_tokens
 
@@ -73,18 +74,19 @@ def compile(
     if time_passes:
         observers.append(clock)
     work = with_tokens(_read_workload(workload, batch, model), sequence, global_tokens)
-    plan: Plan = api.compile(
-        model,
-        topology,
-        work,
-        mode=mode,
-        objective=objective,
-        calibration=calibration,
-        constraints=read_constraints(constraints),
-        time_limit=time_limit,
-        seed=seed,
-        observers=observers,
-    )
+    with search_progress(hidden=as_json or bool(print_ir_after)) as shown:
+        plan: Plan = api.compile(
+            model,
+            topology,
+            work,
+            mode=mode,
+            objective=objective,
+            calibration=calibration,
+            constraints=read_constraints(constraints),
+            time_limit=time_limit,
+            seed=seed,
+            observers=[*observers, *shown],
+        )
     if output:
         plan.save(output)
     if as_json:

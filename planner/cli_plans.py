@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ir.errors import InputError
+from planner.cli_progress import search_progress
 from planner.cli_support import JSON_OPTION, answer, load_plan, reports_errors, show
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def _why_not(
 ) -> None:
     from planner.explain_why_not import render_why_not, why_not
 
-    found = why_not(plan, table, asked, model=model, time_limit=time_limit)
+    with search_progress(hidden=as_json):
+        found = why_not(plan, table, asked, model=model, time_limit=time_limit)
     if as_json:
         answer(found)
     else:

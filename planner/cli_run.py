@@ -65,6 +65,7 @@ def run(
             lr=lr,
             batch=batch,
             on_step=on_step,
+            spans=True,
         )
     if as_json:
         click.echo(json.dumps(result.to_dict() | {"predicted_step": loaded.timeline.step}))

@@ -33,7 +33,8 @@ def replan(
     from ir.reading import read_json
     from ir.units import format_bytes, format_seconds
     from ir.workload import Workload
-    from planner.cli import reports_errors, show
+    from planner.cli_progress import search_progress
+    from planner.cli_support import reports_errors, show
     from planner.plan import Plan
     from planner.render import grid
     from planner.replanning import replan as plan_again
@@ -46,14 +47,15 @@ def replan(
         fed = (
             Workload.from_dict(read_json(workload, "workload"), f"workload {workload}") if workload else None
         )
-        found = plan_again(
-            Plan.load(plan),
-            topology,
-            lost=[int(part) for part in parts],
-            workload=fed,
-            model=model,
-            horizon=horizon,
-        )
+        with search_progress(hidden=as_json):
+            found = plan_again(
+                Plan.load(plan),
+                topology,
+                lost=[int(part) for part in parts],
+                workload=fed,
+                model=model,
+                horizon=horizon,
+            )
         if output:
             found.plan.save(output)
         if as_json:

@@ -10,17 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from ir.errors import InputError, PlannerError
+from ir.errors import PlannerError
 from ir.plan import Plan, TablePlan, write_atomically
-from ir.reading import read_json
 from ir.units import format_bandwidth, format_bytes, format_count, format_seconds
+from planner.report_measured import Measured, measured_data, read_measured
+from planner.report_pareto import BudgetPoint, fronts
 
 MOST_RUNS = 600  # bars of the memory chart; more ranks than that are joined
 MOST_SHARDS = 2048  # blocks drawn of one table
 
 
 def write_report(
-    plan: Plan, path: str | Path, *, measured: str | Path | None = None, sensitivity: bool = True
+    plan: Plan,
+    path: str | Path,
+    *,
+    measured: str | Path | None = None,
+    sensitivity: bool = True,
+    sweep: tuple[BudgetPoint, ...] = (),
 ) -> int:
     """Write the report of a plan; returns its size in bytes.
 
@@ -29,21 +35,29 @@ def write_report(
         path: of the HTML file.
         measured: JSON that ``planner run --json`` printed, drawn beside the model.
         sensitivity: also price the plan with each assumption changed; needs the plan's model.
+        sweep: plans under other memory budgets (:func:`planner.report_pareto.memory_sweep`).
 
     Raises:
         InputError: the folder cannot be written, or ``measured`` is not a run's output.
     """
-    text = render_report(plan, measured=_measured(measured), sensitivity=sensitivity)
+    found = read_measured(measured) if measured is not None else None
+    text = render_report(plan, measured=found, sensitivity=sensitivity, sweep=sweep)
     write_atomically(path, text)
     return len(text.encode())
 
 
-def render_report(plan: Plan, *, measured: dict[str, Any] | None = None, sensitivity: bool = True) -> str:
+def render_report(
+    plan: Plan,
+    *,
+    measured: Measured | None = None,
+    sensitivity: bool = True,
+    sweep: tuple[BudgetPoint, ...] = (),
+) -> str:
     """The page as text."""
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("planner", "templates"), autoescape=True)
-    data = report_data(plan, measured, sensitivity)
+    data = report_data(plan, measured, sensitivity, sweep)
     # base64 keeps anything a model calls its tables from ending the script element
     packed = base64.b64encode(json.dumps(data, separators=(",", ":"), allow_nan=False).encode()).decode()
     return environment.get_template("report.html.j2").render(
@@ -57,7 +71,9 @@ def render_report(plan: Plan, *, measured: dict[str, Any] | None = None, sensiti
     )
 
 
-def report_data(plan: Plan, measured: dict[str, Any] | None, sensitivity: bool) -> dict[str, Any]:
+def report_data(
+    plan: Plan, measured: Measured | None, sensitivity: bool, sweep: tuple[BudgetPoint, ...] = ()
+) -> dict[str, Any]:
     """Everything that the page's script draws, as plain data."""
     return {
         "world": plan.world_size,
@@ -74,21 +90,10 @@ def report_data(plan: Plan, measured: dict[str, Any] | None, sensitivity: bool) 
             for level in plan.topology.levels
         ],
         "network": _network_share(plan),
-        "measured": measured,
+        "measured": measured_data(plan, measured) if measured is not None else None,
+        "fronts": fronts(plan, sweep),
         "sensitivity": _sensitivity(plan) if sensitivity else [],
     }
-
-
-def _measured(path: str | Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    data = read_json(path, "measured run")
-    if not isinstance(data, dict) or not isinstance(data.get("step_seconds"), list):
-        raise InputError(f"measured run {path} has no step_seconds; give what `planner run --json` printed")
-    steps = data["step_seconds"]
-    if not steps or not all(type(s) in (int, float) and s >= 0 for s in steps):
-        raise InputError(f"measured run {path}: step_seconds must be a list of seconds")
-    return {"steps": steps, "median": float(np.median(steps))}
 
 
 def _headline(plan: Plan) -> list[tuple[str, str]]:
@@ -117,7 +122,8 @@ def _headline(plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "machine",
-            f"{plan.topology.hosts} hosts x {plan.topology.host_size} {plan.topology.device.name}, {plan.mode}",
+            f"{plan.topology.hosts} host{'s' * (plan.topology.hosts != 1)} x {plan.topology.host_size} "
+            f"{plan.topology.device.name}, {plan.mode}",
         ),
         ("digest", plan.digest.removeprefix("sha256:")[:16]),
     ]

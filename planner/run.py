@@ -17,6 +17,7 @@ from planner.render import grid
 
 if TYPE_CHECKING:
     from codegen.runtime.compare import RunResult
+    from codegen.runtime.spans import Span
 
 
 def factory_of(plan: Plan, model: str | None = None) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
@@ -84,4 +85,11 @@ def render_run(plan: Plan, result: RunResult) -> RenderableType:
             f"changed in training; peak memory {format_bytes(max(result.peak_rss))} a process"
         ),
         *(Text(f"note: {note}") for note in result.notes),
+        *_phases(plan, result.spans),
     )
+
+
+def _phases(plan: Plan, spans: tuple[Span, ...]) -> list[RenderableType]:
+    from planner.report_measured import phase_rows, render_phases
+
+    return [Text(), render_phases(phase_rows(plan, spans))] if spans else []

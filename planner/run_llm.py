@@ -66,6 +66,7 @@ def run_decoder_plan(
             seed=seed,
             lr=DEFAULT_LR if lr is None else lr,
             on_step=on_step,
+            spans=True,
         )
     if as_json:
         click.echo(json.dumps(result.to_dict() | {"predicted_step": plan.timeline.step}))

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codegen.chrome_trace import RankClass, measured_events, modelled_events, write_trace
+from codegen.chrome_trace import (
+    MEASURED_FIRST,
+    MICRO,
+    Event,
+    RankClass,
+    measured_events,
+    modelled_events,
+    write_trace,
+)
+from codegen.runtime.spans import Span
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.embedding import phase_overheads
 from cost_models.placed import rank_seconds
@@ -46,12 +56,38 @@ def rank_classes(plan: Plan, calibration: Calibration | None = None) -> tuple[Ra
     return tuple(classes)
 
 
+def span_events(spans: Sequence[Span]) -> list[Event]:
+    """A measured step by phase: a process a rank, a thread a stream."""
+    streams = list(dict.fromkeys(span.stream for span in spans))
+    made: list[Event] = []
+    for rank in sorted({span.rank for span in spans}):
+        name = {"name": f"measured: rank {rank}"}
+        made.append({"ph": "M", "name": "process_name", "pid": MEASURED_FIRST + rank, "args": name})
+        for thread, stream in enumerate(streams):
+            named = {"ph": "M", "name": "thread_name", "pid": MEASURED_FIRST + rank, "tid": thread}
+            made.append({**named, "args": {"name": stream}})
+    for span in spans:
+        made.append(
+            {
+                "ph": "X",
+                "name": span.phase,
+                "cat": "measured",
+                "pid": MEASURED_FIRST + span.rank,
+                "tid": streams.index(span.stream),
+                "ts": span.start * MICRO,
+                "dur": span.seconds * MICRO,
+            }
+        )
+    return made
+
+
 def write_plan_trace(
     plan: Plan,
     path: str | Path,
     *,
     calibration: Calibration | None = None,
     profile: dict[str, Any] | None = None,
+    spans: Sequence[Span] = (),
 ) -> int:
     """Write the trace of a plan; returns its number of events.
 
@@ -59,6 +95,7 @@ def write_plan_trace(
         plan: the plan.
         path: of the trace file.
         calibration: constants of the modelled ranks' shares; default those of the device kind.
+        spans: of a run that was measured (:func:`planner.report_measured.read_measured`).
         profile: also train here under torch's profiler: arguments of :func:`codegen.runtime.profile.profile_plan`.
 
     Raises:
@@ -70,5 +107,6 @@ def write_plan_trace(
 
         with tempfile.TemporaryDirectory(prefix="planner-trace-") as folder:
             events += measured_events(profile_plan(plan, Path(folder), **profile))
+    events += span_events(spans)
     write_trace(path, events, {"model": plan.model.name, "topology": plan.topology.name, "plan": plan.digest})
     return len(events)

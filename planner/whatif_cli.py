@@ -48,7 +48,8 @@ def _whatif(
     import json
 
     from planner.calibrate import load_calibration
-    from planner.cli import show
+    from planner.cli_progress import search_progress
+    from planner.cli_support import show
     from planner.diff import diff_plans, render_diff
     from planner.plan import Plan
     from planner.what_if import parse_settings, sensitivity
@@ -64,7 +65,10 @@ def _whatif(
         else:
             show(_sensitivity_table(before, found))
         return
-    after = plan_again(before, parse_settings(settings), model=model, calibration=constants)
+    with search_progress(hidden=as_json) as shown:
+        after = plan_again(
+            before, parse_settings(settings), model=model, calibration=constants, observers=shown
+        )
     if output:
         after.save(output)
     difference = diff_plans(before, after)

@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 import planner
-from codegen.chrome_trace import measured_events
+from codegen.chrome_trace import MEASURED_FIRST, measured_events
+from codegen.runtime.spans import phases_of
 from ir.errors import InputError
 from planner.cli import cli
+from planner.report_measured import base_phase
 from planner.trace import MOST_CLASSES, rank_classes, write_plan_trace
 
 
@@ -69,8 +71,10 @@ def test_events_of_a_thread_do_not_overlap_and_arrows_pair_up(plan: planner.Plan
 
 
 def test_a_run_is_put_beside(tmp_path: Path) -> None:
+    """Every op of a profiled run; and by phases what the same ops are cut into."""
     file, out = tmp_path / "plan.json", tmp_path / "trace.json"
-    planner.compile("dlrm-small", "local-2", planner.Workload(global_batch=64)).save(file)
+    made = planner.compile("dlrm-small", "local-2", planner.Workload(global_batch=64))
+    made.save(file)
     run = CliRunner().invoke(cli, ["trace", str(file), "--run", "-o", str(out), "--json"])
     assert run.exit_code == 0, run.output
     names: dict[int, set[str]] = defaultdict(set)
@@ -81,6 +85,44 @@ def test_a_run_is_put_beside(tmp_path: Path) -> None:
     for pid in measured:
         assert any("linear" in name or "addmm" in name for name in names[pid])
         assert any("gloo" in name for name in names[pid])
+    measured_step_has_the_phases_of_the_model(made, events_of(out), measured)
+
+
+def measured_step_has_the_phases_of_the_model(
+    made: planner.Plan, events: list[dict[str, Any]], processes: list[int]
+) -> None:
+    """Phases cover kernels they stand for, do not overlap on a stream, and are those that the model has."""
+    modelled = {base_phase(e.name) for e in made.timeline.events if e.duration > 0}
+    for pid in processes:
+        own = [e for e in events if e["pid"] == pid and e["ph"] == "X"]
+        parts = phases_of(own)
+        assert {phase for phase, _, _, _ in parts} == modelled - {"framework"}  # between the kernels
+        for stream in ("compute", "network"):
+            lane = [(start, start + seconds) for _, s, start, seconds in parts if s == stream]
+            assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(lane))
+        for kernel, phase in (
+            ("fbgemm::split_embedding_codegen_forward", "lookup_forward"),
+            ("fbgemm::split_embedding_backward", "lookup_backward"),
+            ("Optimizer.step#SGD", "dense_update"),
+        ):
+            for event in (e for e in own if e["name"].startswith(kernel)):
+                middle = (event["ts"] + event["dur"] / 2) / 1e6
+                assert any(p == phase and t <= middle <= t + d for p, _, t, d in parts)
+
+
+def test_measured_spans_are_put_beside(plan: planner.Plan, tmp_path: Path) -> None:
+    file, run_file, out = tmp_path / "plan.json", tmp_path / "run.json", tmp_path / "trace.json"
+    plan.save(file)
+    span = {"rank": 1, "phase": "all_reduce", "stream": "network", "start": 0.25, "seconds": 0.5}
+    run_file.write_text(json.dumps({"step_seconds": [1.0], "spans": [span]}))
+    run = CliRunner().invoke(cli, ["trace", str(file), "-o", str(out), "--measured", str(run_file), "--json"])
+    assert run.exit_code == 0, run.output
+    (found,) = [e for e in events_of(out) if e.get("cat") == "measured"]
+    assert (found["pid"], found["ts"], found["dur"]) == (MEASURED_FIRST + 1, 0.25e6, 0.5e6)
+    run_file.write_text(json.dumps({"step_seconds": [1.0]}))
+    run = CliRunner().invoke(cli, ["trace", str(file), "-o", str(out), "--measured", str(run_file)])
+    assert run.exit_code == 2
+    assert "no spans" in run.output
 
 
 def test_not_a_trace_is_named(tmp_path: Path) -> None:

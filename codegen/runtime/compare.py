@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from codegen.runtime.launch import DEFAULT_TIMEOUT, launch
+from codegen.runtime.spans import Span, aligned
 from codegen.torchrec_check import check, notes
 from ir.errors import InputError
 from ir.plan import Plan
@@ -79,6 +80,7 @@ class RunResult:
     sharded_losses: tuple[float, ...]
     unsharded_losses: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()  # of one step more, under the profiler; empty where they were not asked for
 
     @property
     def equal(self) -> bool:
@@ -115,6 +117,7 @@ def run_plan(
     optimizer: Optimizer | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     on_step: Callable[[int, float], None] | None = None,
+    spans: bool = False,
 ) -> RunResult:
     """Train ``steps`` steps under the plan on gloo processes and compare with the unsharded model.
 
@@ -133,6 +136,7 @@ def run_plan(
         optimizer: of the tables; default the workload's.
         timeout: seconds for the whole run.
         on_step: called with (step, loss of rank 0's slice) as the sharded run goes on.
+        spans: run one step more under the profiler and say when each rank was in which phase.
 
     Raises:
         InputError: the plan does not fit the model, the processes or this machine's memory.
@@ -166,6 +170,7 @@ def run_plan(
             "seed": seed,
             "lr": rate,
             "optimizer": name,
+            "spans": spans,
         },
         host_size=plan.topology.host_size,
         timeout=timeout,
@@ -197,6 +202,7 @@ def run_plan(
         sharded_losses=tuple(first["sharded_losses"]),
         unsharded_losses=tuple(first["unsharded_losses"]),
         notes=notes(plan, name),
+        spans=aligned(part for answer in answers for part in answer.get("spans", ())),
     )
 
 

@@ -21,6 +21,7 @@ from codegen.runtime.gather import gather_rows, mean_over_ranks, whole_weights
 from codegen.runtime.launch import Rank
 from codegen.runtime.models import ModelSpec
 from codegen.runtime.optimizers import make_optimizer
+from codegen.runtime.spans import profiled
 from codegen.torchrec import ShardedModel, sharded_model
 from codegen.torchrec_check import collections_of, locate, widths_of
 from ir.errors import InputError
@@ -39,6 +40,7 @@ def train_and_compare(
     seed: int,
     lr: float,
     optimizer: Optimizer,
+    spans: bool = False,
 ) -> dict[str, Any]:
     """Train the sharded model with the other ranks; on rank 0, then compare with the unsharded one.
 
@@ -79,6 +81,10 @@ def train_and_compare(
         "seconds": seconds,
         "peak_rss": peak * (1 if sys.platform == "darwin" else 1024),
     }
+    if spans:  # one step more, which is not compared
+        part = batches(step_seed(seed, steps)).part(place.rank, place.world_size)
+        dist.barrier()
+        answer["spans"] = profiled(place.rank, lambda: train_step(sharded, part))
     del sharded, module
     if place.rank == 0:
         sharded_run = (outputs, losses, weights)

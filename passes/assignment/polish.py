@@ -24,6 +24,7 @@ from passes.assignment.compiled import HOST, Choice, Compiled, Group
 from passes.assignment.exchange import Exchange
 from passes.assignment.insertion import State, insert
 from passes.assignment.problem import Floats
+from passes.assignment.progress import tell
 from passes.assignment.relaxation import piece_floor
 from passes.assignment.target_search import Incumbent
 
@@ -168,6 +169,7 @@ class Polisher:
             return False
         best.value = value
         best.choice, best.placement = list(self.choice), [list(p) for p in self.places]
+        tell(value, self.bound)
         return True
 
     def _price(self, tau: float) -> SoftPrice:

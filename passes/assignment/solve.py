@@ -13,6 +13,7 @@ from passes.assignment.budget import Budget
 from passes.assignment.compiled import HOST, Compiled, compile_problem
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Problem, Solution, evaluate
+from passes.assignment.progress import tell
 from passes.assignment.relaxation import average_bound
 from passes.assignment.starts import relaxed_choices, roomy_choices, threshold_choice, uniform_choices
 from passes.assignment.target_search import Incumbent, TargetSearch
@@ -57,6 +58,7 @@ def solve(
     compiled = compile_problem(problem)
     infeasible.check(compiled)
     bound, relaxed = average_bound(compiled)
+    tell(float("inf"), bound)
     warm = incumbent_of(compiled, start) if start is not None else Incumbent()
     best, work = warm, 0.0
     for allowed in ("quick", "normal") if effort == "quick" else (effort,):
@@ -68,6 +70,7 @@ def solve(
     if not best.choice:
         raise infeasible.give_up(compiled)
     bound, method = _tighten(compiled, bound, best.value, effort)
+    tell(best.value, bound)
     return finish(problem, best, bound, method, work)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import Compiled
 from passes.assignment.packing import BY_LOAD, BY_MEMORY, ORDERS, Packed, Packer
+from passes.assignment.progress import tell
 from passes.assignment.relaxation import piece_floor
 
 STEP = 0.01  # the target is this fraction below the incumbent; tuned on the DCNv2 cases of vs_torchrec
@@ -127,6 +128,7 @@ class TargetSearch:
         best.scalar = min(best.scalar, packed.largest)
         if self.last < best.value:
             best.value, best.choice, best.placement = self.last, list(choice), placement
+            tell(best.value, self.bound)
 
     def multifit(self, choice: Sequence[int], order: int, steps: int) -> float:
         """Bisect the target for one choice and one packing order; the best objective on the way."""

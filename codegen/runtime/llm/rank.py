@@ -15,6 +15,7 @@ from torch.nn import functional
 from codegen.runtime.launch import Rank
 from codegen.runtime.llm.engine import ParallelDecoder
 from codegen.runtime.models import ModelSpec
+from codegen.runtime.spans import profiled
 from ir.plan import Plan
 
 Batch = tuple[Tensor, Tensor]
@@ -29,7 +30,13 @@ def batches(seed: int, steps: int, sequences: int, sequence: int, vocab: int) ->
 
 
 def train_and_compare(
-    place: Rank, plan: dict[str, Any], model: dict[str, Any], steps: int, seed: int, lr: float
+    place: Rank,
+    plan: dict[str, Any],
+    model: dict[str, Any],
+    steps: int,
+    seed: int,
+    lr: float,
+    spans: bool = False,
 ) -> dict[str, Any]:
     """Train ``steps`` steps of SGD as the plan says; on the first rank of each pipeline stage also the whole model.
 
@@ -60,6 +67,13 @@ def train_and_compare(
     weights = {name: _whole(p.detach()) for name, p in decoder.named_parameters()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found: dict[str, Any] = {"seconds": seconds, "losses": losses, "peak_rss": peak}
+    if spans:  # one step more, which is not compared
+
+        def again() -> None:
+            decoder.step(*batch)
+            optimizer.step()
+
+        found["spans"] = profiled(place.rank, again)
     if all(decoder.meshes.index(name) == 0 for name in ("data", "context", "tensor")):
         data = batches(seed, steps, fed.sequences, fed.sequence, made.model.vocab)
         reference = _reference(whole, list(data), lr)
