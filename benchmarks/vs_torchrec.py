@@ -48,10 +48,10 @@ def plan_ours(case: Any, objective: Any, effort: Any = "quick") -> Record | None
     """
     from cost_models.adapters.torchrec import TorchRecObjective
     from ir.errors import InfeasibleError
-    from passes.assignment import solve
 
     started = time.process_time()
-    for spill in (False, True):
+    # All tables in HBM; else some in host memory; else with that as a limit, which takes a longer search.
+    for spill, search in ((False, _solved), (True, _solved), (True, _solved_within_host_memory)):
         try:
             model = TorchRecObjective(
                 case.module,
@@ -62,21 +62,55 @@ def plan_ours(case: Any, objective: Any, effort: Any = "quick") -> Record | None
                 objective=objective,
                 spill=spill,
             )
-            solution = solve(model.problem(), effort=effort)
+            choice, placement, bound = search(model, effort)
         except InfeasibleError:
             continue
-        options = model.sharding_options(solution.choice, solution.placement)
+        options = model.sharding_options(choice, placement)
         used = time.process_time() - started
         score = model.score(options)
+        if spill and not score.legal:
+            continue
         value = score.total if objective == "total" else score.with_input
         return {
             "value": value,
-            "bound": solution.lower_bound,
+            "bound": bound,
             "cpu": used,
             "path": score.critical_path,
             "legal": score.legal,
         }
     return None
+
+
+def _solved(model: Any, effort: Any) -> tuple[Any, Any, float]:
+    """Choice, placement and bound within HBM."""
+    from passes.assignment import solve
+
+    solution = solve(model.problem(), effort=effort)
+    return solution.choice, solution.placement, solution.lower_bound
+
+
+def _solved_within_host_memory(model: Any, _: Any) -> tuple[Any, Any, float]:
+    """The same within HBM and host memory."""
+    from passes.assignment.joint import Frame, Menu, relax, solve_joint
+
+    problem = model.problem()
+    frame = Frame(
+        problem.names,
+        problem.hosts,
+        problem.host_size,
+        problem.capacity,
+        problem.phases,
+        problem.limits,
+        stretched=(False,) * len(problem.limits),
+    )
+    alike: dict[int, list[int]] = {}
+    for table, options in enumerate(problem.options):
+        alike.setdefault(id(options), []).append(table)  # tables of one shape share one tuple of options
+    menus = [Menu(tuple(tables), list(problem.options[tables[0]])) for tables in alike.values()]
+    joint = solve_joint(frame, menus, relax(frame, menus))
+    chosen = zip(problem.options, joint.problem.options, joint.solution.choice, strict=True)
+    choice = [options.index(kept[j]) for options, kept, j in chosen]
+    return choice, joint.solution.placement, joint.solution.lower_bound
 
 
 def run_ours(case: Any, normal: bool) -> Record:

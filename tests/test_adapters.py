@@ -65,6 +65,7 @@ def case(request: pytest.FixtureRequest) -> dict[str, Any]:
         "topology": topology,
         "limits": limits,
         "enumerated": [o for o in enumerated if o.compute_kernel in ("dense", "fused")],
+        "spilled": [o for o in enumerated if o.compute_kernel in ("fused_uvm", "fused_uvm_caching")],
     }
 
 
@@ -96,6 +97,26 @@ def test_every_option_of_torchrec_is_offered_at_its_price(case: dict[str, Any], 
             assert shard.storage.hbm <= piece.memory * (1 + 1e-12)
         places = {"rank": 1, "host": model.host_size, "all": case["topology"].world_size}[piece.scope]
         assert len(theirs.shards) == piece.count * places
+
+
+def test_host_memory_is_limited_where_tables_may_spill(case: dict[str, Any]) -> None:
+    model = TorchRecObjective(
+        case["module"], case["sharders"], case["topology"], 512, case["limits"], spill=True
+    )
+    problem = model.problem()
+    assert problem.limits == (min(d.storage.ddr for d in case["topology"].devices),)
+    menus = {
+        name: {(r.sharding_type, r.kernel, r.width): o for r, o in zip(recipes, options, strict=True)}
+        for name, recipes, options in zip(problem.names, model.recipes, problem.options, strict=True)
+    }
+    whole = [o for o in case["spilled"] if o.sharding_type in ("table_wise", "row_wise", "table_row_wise")]
+    assert len(whole) > 20
+    for theirs in whole:
+        key = (theirs.sharding_type, theirs.compute_kernel, int(theirs.tensor.shape[1]))
+        (piece,) = menus[theirs.name][key].pieces
+        assert piece.extra == (max(shard.storage.ddr for shard in theirs.shards),)
+        assert piece.memory == max(shard.storage.hbm for shard in theirs.shards)
+    assert not build(case).problem().limits
 
 
 def test_our_objective_is_what_torchrec_scores(case: dict[str, Any]) -> None:

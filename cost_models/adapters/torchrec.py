@@ -128,6 +128,7 @@ class TorchRecObjective:
         self.batch_size = batch_size
         self.constraints = constraints or {}
         self.objective = objective
+        self.spill = spill
         self.kernels = HBM_KERNELS + (SPILL_KERNELS if spill else ())
         self.min_partition = min_partition
         self._perf = EmbeddingPerfEstimator(topology=topology, constraints=self.constraints)
@@ -140,6 +141,8 @@ class TorchRecObjective:
 
     def problem(self) -> Problem:
         """The assignment problem; loads in ms (one phase), memory in bytes of HBM.
+
+        With ``spill``, host memory of a rank (bytes) is its one further limit.
 
         Raises:
             InfeasibleError: the reservation leaves a rank no memory.
@@ -180,6 +183,7 @@ class TorchRecObjective:
             host_size=self.host_size,
             capacity=float(capacity),
             phases=(self.objective,),
+            limits=(float(min(d.storage.ddr for d in self.reserved.devices)),) if self.spill else (),
         )
 
     def sharding_options(self, choice: Sequence[int], placement: Sequence[Sequence[int]]) -> list[Any]:
@@ -245,13 +249,14 @@ class TorchRecObjective:
         if self.objective == "total+input":
             perf += shard.perf.input_dist_comms
         blocks = int(sample.tensor.shape[1]) // recipe.width
+        host = (float(shard.storage.ddr),) if self.spill else ()
         scope: Literal["rank", "host", "all"] = _SCOPES[recipe.sharding_type]
         label = recipe.sharding_type if blocks == 1 else f"{recipe.sharding_type} x{blocks}"
         if recipe.kernel not in ("dense", "fused"):
             label += f" {recipe.kernel}"
         return Option(
             label,
-            (Piece(scope, (perf,), float(shard.storage.hbm), blocks),),
+            (Piece(scope, (perf,), float(shard.storage.hbm), blocks, host),),
             together=recipe.sharding_type == "table_column_wise",
         )
 
