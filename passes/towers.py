@@ -81,6 +81,7 @@ class Towers:
         towers, affinity = _partition(program, request, count, sample, calibration)
         towers, lost = _with_modules(program, request, towers, sample)
         chosen = _Candidate(program, towers, request, calibration, self.over_arch)
+        towers = _in_rank_order(towers, chosen.tables)
         decision = _decision(program, request, towers, affinity, lost, sample, chosen)
         done = replace(program, decisions=replace(program.decisions, towers=decision))
         if not decision.applied:
@@ -224,8 +225,6 @@ def _with_modules(
     return tuple(made), (lost / total if total else 0.0) if sample is not None else None
 
 
-class _Candidate:
-    """The tower form of a program: its shards, and its step with and without modules."""
 def _narrowing(request: TowerRequest) -> Narrowing:
     """What the modules narrow; raises InputError for columns of other modules than projections."""
     if request.narrow == "columns" and request.module != "projection":
@@ -251,6 +250,8 @@ def _kept(
 
 
     def __init__(
+class _Candidate:
+    """The tower form of a program: its shards, and its step with and without modules."""
         self,
         program: Program,
         towers: tuple[Tower, ...],
@@ -296,8 +297,17 @@ def _kept(
             self.crossing["modules"] = crossing
 
 
-def _decision(
-    program: Program,
+def _in_rank_order(towers: Sequence[Tower], tables: Sequence[TablePlan]) -> tuple[Tower, ...]:
+    """Features in the order in which the ranks' outputs are laid side by side, so that nothing has to be sorted."""
+    place: dict[str, int] = {}
+    for table in tables:
+        first = min(shard.rank for shard in table.shards)
+        place.update(dict.fromkeys(table.features, first))
+    return tuple(
+        replace(tower, features=tuple(sorted(tower.features, key=place.__getitem__))) for tower in towers
+    )
+
+
 def planned_reduction(
     topology: Topology, calibration: Calibration, decisions: Decisions, constraints: Constraints
 ) -> DenseReduction | None:
@@ -312,6 +322,8 @@ def planned_reduction(
 
     request: TowerRequest,
     towers: tuple[Tower, ...],
+def _decision(
+    program: Program,
     affinity: Affinity | None,
     lost: float | None,
     sample: PooledSample | None,

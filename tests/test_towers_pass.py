@@ -170,7 +170,7 @@ def test_towers_pay_on_a_slow_network_only() -> None:
     assert halved.decisions.towers is not None
     crossing = halved.decisions.towers.cross_host_bytes
     assert crossing["modules"] * 2 == crossing["exchange"]
-    fast = planner.compile(tables(8), machine(4, 1, 1e11), work, constraints=always_wide, time_limit=0.1)
+    fast = planner.compile(tables(8), machine(4, 1, 1e11), work, constraints=merged, time_limit=0.1)
     flat = planner.compile(tables(8), machine(4, 1, 1e11), work, time_limit=0.1)
     assert fast.decisions.towers is not None
     assert not fast.decisions.towers.applied
@@ -217,6 +217,9 @@ def test_shards_stay_in_their_tower_and_faults_are_found() -> None:
     assert section is not None
     for name, table in plan.tables.items():
         assert {shard.rank // 2 for shard in table.shards} == {section.tower_of(name)}
+    for tower in section.towers:  # "t3" has the feature "f3"
+        holders = [plan.tables["t" + feature[1:]].shards[0].rank for feature in tower.features]
+        assert holders == sorted(holders)
     moved = replace(plan.table_plans[0], shards=(replace(plan.table_plans[0].shards[0], rank=3),))
     broken = replace(plan, table_plans=(moved, *plan.table_plans[1:]))
     if section.tower_of(moved.name) == 1:
