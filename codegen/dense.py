@@ -26,6 +26,14 @@ def dense_wrapper(plan: Plan, group: Any = None) -> Any:
         group: over whose ranks the dense part is parallel; default: those of the tables.
     """
     decided = plan.decisions.dense
+    if decided is not None and decided.tensor > 1:
+        from codegen.runtime.dense.wrapper import TensorDataParallel
+
+        if group is not None:
+            raise InputError(
+                "layers that are split over a host do not run beside groups of tables; ask for one of them"
+            )
+        return TensorDataParallel(decided.pairs, decided.tensor)
     if decided is None or decided.shard == 1:
         if group is None:
             return data_parallel(plan)
@@ -99,9 +107,14 @@ def script_values(plan: Plan) -> dict[str, Any]:
     """What the emitted script says of the dense part and of groups.
 
     Raises:
-        InputError: groups of a CPU topology, which TorchRec's ``DMPCollection`` does not run on.
+        InputError: groups of a CPU topology, which TorchRec's ``DMPCollection`` does not run on; or split layers.
     """
     groups, dense = groups_of(plan), plan.decisions.dense
+    if dense is not None and dense.tensor > 1:
+        raise InputError(
+            "the emitted script has no tensor parallelism; run the plan with plan.apply, or leave tp out of "
+            "dense.strategies"
+        )
     if groups is not None and plan.topology.device.kind == "cpu":
         raise InputError(
             f"TorchRec runs {groups.groups} groups of tables on GPUs only; on CPUs use plan.apply, or plan without "

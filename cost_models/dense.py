@@ -131,9 +131,17 @@ def gathered_params(sizes: Sequence[int], rest: int, reshard_after_forward: bool
 
 def planned_dense_memory(program: Program) -> dict[str, int]:
     """Bytes by purpose of the dense part on each rank, as decided so far (replicated before that)."""
+    from cost_models.dense_tensor import tensor_memory  # which needs in_order of this file
+
+    whole = dense_memory(program.model, program.workload, program.topology, program.options.mode)
+    plan = program.decisions.dense
+    if plan is not None and plan.tensor > 1 and program.options.mode == "train":
+        samples = program.workload.global_batch / program.topology.world_size
+        item = nbytes(program.workload.compute_dtype)
+        return tensor_memory(whole, plan, program.model.dense_params, samples, item)
     return laid_memory(
-        dense_memory(program.model, program.workload, program.topology, program.options.mode),
-        program.decisions.dense,
+        whole,
+        plan,
         program.model,
         nbytes(program.workload.compute_dtype),
         program.options.mode,

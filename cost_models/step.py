@@ -23,6 +23,7 @@ from cost_models.calibration import Calibration
 from cost_models.collectives import all_reduce, network
 from cost_models.compute import BACKWARD_FACTOR, input_bytes, op_seconds, stream_seconds
 from cost_models.dense_step import ShardedDense, sharded_ops
+from cost_models.dense_tensor import TensorDense, tensor_ops
 from cost_models.gemm_formats import format_seconds
 from cost_models.timeline import TimedOp, schedule
 from ir.dtypes import nbytes
@@ -91,7 +92,7 @@ def step_timeline(
     mode: Mode,
     formats: FormatPlan | None = None,
     fetch_seconds: float = 0.0,
-    reduction: DenseReduction | ShardedDense | None = None,
+    reduction: DenseReduction | ShardedDense | TensorDense | None = None,
     host_seconds: float = 0.0,
 ) -> Timeline:
     """The modelled step.
@@ -106,7 +107,7 @@ def step_timeline(
         formats: number formats of GEMM operands and of cached keys and values.
         fetch_seconds: of rows that the busiest memory tier hands over for a later step, beside this one.
         reduction: of dense gradients; default :func:`ring_reduction`. Or how a dense part that is split over ranks is
-            gathered and reduced (:mod:`cost_models.dense_step`).
+            gathered and reduced (:mod:`cost_models.dense_step`, :mod:`cost_models.dense_tensor`).
         host_seconds: of the framework's own work, which on a CPU runs in line with the kernels.
     """
     reduction = reduction or ring_reduction(topology, calibration)
@@ -126,12 +127,14 @@ def step_timeline(
     if not ahead:
         ops.append(TimedOp("input_dist", "network", phase_seconds["input_dist"]))
         lookup_after = ("input_dist",)
-    if isinstance(reduction, ShardedDense):
+    if not isinstance(reduction, DenseReduction):
         item = nbytes(workload.compute_dtype)
         phases = dict(phase_seconds) if ahead else {**phase_seconds, "input_dist": 0.0}
-        return schedule(
-            ops + sharded_ops(model, forward, phases, item, reduction, topology, calibration, lookup_after)
-        )
+        if isinstance(reduction, TensorDense):
+            laid = tensor_ops(model, forward, phases, item, reduction, topology, calibration, lookup_after)
+        else:
+            laid = sharded_ops(model, forward, phases, item, reduction, topology, calibration, lookup_after)
+        return schedule(ops + laid)
     ops += [
         TimedOp("lookup_forward", "compute", phase_seconds["lookup_forward"], lookup_after),
         TimedOp("bottom_forward", "compute", sum(below.values()), (), below),

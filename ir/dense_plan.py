@@ -6,10 +6,13 @@ Strategies of the dense part, T ranks in hosts of g:
 ddp   every rank holds all weights; gradients are summed over all ranks
 fsdp  weights, gradients and optimizer state are split over all ranks; weights are gathered unit by unit
 hsdp  the same split over the ranks of a host; the shards' gradients are summed across hosts
+tp    pairs of wide layers are split over the ranks of a host, which gather each other's samples for them; hosts, and
+      all other weights, are replicas as with ddp
 ====  ===========================================================================================
 
-Sources: FSDP (arXiv 2304.11277), HSDP as in DHEN (arXiv 2203.11014), 2D sparse parallelism (TorchRec's
-``DMPCollection``).
+Sources: FSDP (arXiv 2304.11277), HSDP as in DHEN (arXiv 2203.11014), pairs of a column-split and a row-split layer as in
+Megatron-LM (arXiv 1909.08053), their activations scattered as in arXiv 2205.05198 with samples for tokens, 2D sparse
+parallelism (TorchRec's ``DMPCollection``).
 """
 
 from __future__ import annotations
@@ -21,8 +24,14 @@ from pydantic import ConfigDict, Field
 
 from ir.reading import STRICT
 
-DenseStrategy = Literal["ddp", "fsdp", "hsdp"]
+DenseStrategy = Literal["ddp", "fsdp", "hsdp", "tp"]
 STRATEGIES: tuple[DenseStrategy, ...] = ("ddp", "hsdp", "fsdp")  # the simplest first: it wins ties
+ALL_STRATEGIES: tuple[DenseStrategy, ...] = (
+    "ddp",
+    "tp",
+    "hsdp",
+    "fsdp",
+)  # tp on request: it needs plan.apply
 
 Count = Annotated[int, Field(ge=0)]
 Ranks = Annotated[int, Field(ge=1)]
@@ -37,7 +46,8 @@ class DenseRequest:
         strategies: to choose between, by modelled step time among those that fit.
         reshard_after_forward: drop gathered weights after the forward pass and gather them again for the
             backward pass; None: whichever fits and is faster.
-        unit_bytes: weights (in the compute type) that are gathered together at least; None: decided.
+        unit_bytes: weights (in the compute type) that are gathered together at least, and that a pair of layers has at
+            least to be split by tp; None: decided.
         sparse_groups: numbers M of model-parallel groups to try, each with a copy of all tables sharded over T/M
             ranks, beside the flat sharding (M = 1).
         sync_every: steps between two synchronisations of the groups' tables.
@@ -50,6 +60,27 @@ class DenseRequest:
     unit_bytes: Annotated[int, Field(ge=1)] | None = None
     sparse_groups: tuple[Annotated[int, Field(ge=2)], ...] = ()
     sync_every: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """Two linear layers with element-wise functions between, split over the units between them.
+
+    Attributes:
+        first, second: paths of the modules; ``first`` keeps rows, ``second`` columns, of its weight.
+        units: between them.
+        params: that are split: both weights and the bias of ``first``.
+        inputs, outputs: elements a sample that are gathered before ``first`` and scattered after ``second``.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    first: str
+    second: str
+    units: Ranks
+    params: Count
+    inputs: Count
+    outputs: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +159,14 @@ class DensePlan:
 
     Attributes:
         strategy: its name.
-        shard: ranks over which weights are split; 1 for ddp.
+        shard: ranks over which all weights are split; 1 for ddp and tp.
         replicas: of each shard.
         reshard_after_forward: weights are gathered twice a step.
         unit_bytes: gathered together at least; 0 for ddp.
         units: paths of the modules that are gathered together, in the order of the forward pass; parameters of no unit
-            are gathered before it and kept. Empty for ddp.
+            are gathered before it and kept. Empty for ddp and tp.
+        tensor: ranks over which pairs of layers are split; 1 for all but tp.
+        pairs: that are split.
         message_bytes: of the buffers of a step's collectives on one rank, an all-reduce counted twice: the
             accounting in which HSDP moves 1.125 times what data parallelism does in hosts of 8 (arXiv 2203.11014).
         wire_bytes: that ring collectives send from one rank in a step.
@@ -150,6 +183,8 @@ class DensePlan:
     reshard_after_forward: bool = False
     unit_bytes: Count = 0
     units: tuple[tuple[str, ...], ...] = ()
+    tensor: Ranks = 1
+    pairs: tuple[TensorPair, ...] = ()
     message_bytes: Count = 0
     wire_bytes: Count = 0
     candidates: tuple[DenseCandidate, ...] = ()

@@ -70,7 +70,7 @@ def _remodel(program: Program, calibration: Calibration) -> Callable[[DenseReduc
     lasted = {event.name: event.duration for event in program.timeline.events}
     phases = dict.fromkeys(PHASES, 0.0) | {name: lasted.get(name, 0.0) for name in PHASES}
     phases["input_dist"] = lasted.get("input_dist", lasted.get("input_dist_next", 0.0))
-    split = sharded_dense(program.decisions.dense, program.topology, calibration)
+    split = sharded_dense(program.decisions.dense, program.topology, calibration, program.workload)
     fetched, host = lasted.get("fetch_rows_next", 0.0), lasted.get("framework", 0.0)
 
     def step(reduction: DenseReduction) -> Timeline:

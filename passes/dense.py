@@ -1,4 +1,4 @@
-"""Dense parallelism: replicate the dense part, split it over all ranks, or over the ranks of each host.
+"""Dense parallelism: replicate the dense part, split it over all ranks or those of each host, or split wide layers.
 
 Each layout is priced with the sharding it leaves room for: the tables are placed once beside the smallest dense
 part (a relaxation of all others), and once more beside each larger one that this placement does not fit with. Of
@@ -8,6 +8,7 @@ dense part is replicated where it fits beside the tables, and split where it doe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -22,8 +23,9 @@ from cost_models.dense import (
     unit_params,
     wire_bytes,
 )
+from cost_models.dense_tensor import tensor_message_bytes, tensor_pairs, tensor_wire_bytes
 from cost_models.embedding import stored_bytes
-from ir.dense_plan import STRATEGIES, DenseCandidate, DensePlan, DenseRequest
+from ir.dense_plan import ALL_STRATEGIES, STRATEGIES, DenseCandidate, DensePlan, DenseRequest
 from ir.dtypes import nbytes
 from ir.errors import InfeasibleError, InputError
 from ir.program import Program
@@ -93,8 +95,8 @@ def _layouts(program: Program, request: DenseRequest) -> Iterator[DenseLayout]:
     topology = program.topology
     units = (request.unit_bytes,) if request.unit_bytes is not None else _UNITS
     reshards = (False, True) if request.reshard_after_forward is None else (request.reshard_after_forward,)
-    for strategy in STRATEGIES:
-        if strategy not in request.strategies:
+    for strategy in ALL_STRATEGIES:
+        if strategy not in request.strategies or strategy == "tp":
             continue
         if strategy == "hsdp" and 1 in (topology.hosts, topology.host_size):
             continue  # the same as fsdp, or as ddp
@@ -109,6 +111,8 @@ def _layouts(program: Program, request: DenseRequest) -> Iterator[DenseLayout]:
 def _plans(program: Program, request: DenseRequest) -> Iterator[DensePlan]:
     """Every layout as a decision; of unit sizes that make the same units, one."""
     item = nbytes(program.workload.compute_dtype)
+    if "tp" in request.strategies:
+        yield from _tensor_plans(program, request)
     seen = set()
     for layout in _layouts(program, request):
         units = dense_units(program.model, layout.unit_bytes, item) if layout.shard > 1 else ()
@@ -127,6 +131,44 @@ def _plans(program: Program, request: DenseRequest) -> Iterator[DensePlan]:
             units=units,
             message_bytes=round(message_bytes(layout, size)),
             wire_bytes=round(wire_bytes(layout, size)),
+        )
+
+
+def _tensor_plans(program: Program, request: DenseRequest) -> Iterator[DensePlan]:
+    """Every set of pairs above a size that the ranks of a host can split.
+
+    Raises:
+        InputError: beside what only other runtimes than TorchRec's run.
+    """
+    asked, topology, workload = program.options.constraints, program.topology, program.workload
+    beside = [name for name in ("towers", "compression", "tiers") if getattr(asked, name) is not None]
+    if beside:
+        raise InputError(
+            f"tensor parallelism runs beside TorchRec's tables, without {beside[0]}; leave tp out of dense.strategies, or "
+            f"{beside[0]} out of the constraints"
+        )
+    if topology.host_size == 1:
+        return
+    item, params = nbytes(workload.compute_dtype), program.model.dense_params
+    samples = workload.global_batch / topology.world_size
+    seen = set()
+    for least in (request.unit_bytes,) if request.unit_bytes is not None else (0, *_UNITS):
+        pairs = tensor_pairs(program.model, topology.host_size, math.ceil(least / item))
+        if not pairs or pairs in seen:
+            continue
+        seen.add(pairs)
+        plan = DensePlan(
+            strategy="tp",
+            shard=1,
+            replicas=topology.world_size,
+            unit_bytes=least,
+            tensor=topology.host_size,
+            pairs=pairs,
+        )
+        yield replace(
+            plan,
+            message_bytes=round(tensor_message_bytes(plan, params, samples, item)),
+            wire_bytes=round(tensor_wire_bytes(plan, params, samples, item)),
         )
 
 
@@ -168,8 +210,9 @@ def _within(program: Program) -> bool:
 
 def _choose(program: Program, plans: list[DensePlan], steps: list[float | None], unasked: bool) -> DensePlan:
     best = min(step for step in steps if step is not None)
+    order = sorted(range(len(plans)), key=lambda i: ALL_STRATEGIES.index(plans[i].strategy))
     found, step = next(
-        (p, s) for p, s in zip(plans, steps, strict=True) if s is not None and s <= best * (1 + WORTH)
+        (plans[i], s) for i in order if (s := steps[i]) is not None and s <= best * (1 + WORTH)
     )
     candidates = tuple(
         DenseCandidate(p.strategy, p.reshard_after_forward, p.unit_bytes, _bytes(program, p), s)
@@ -199,7 +242,7 @@ def _nothing_fits(program: Program, plans: list[DensePlan], asked: DenseRequest)
     if not plans:
         return InfeasibleError(
             f"{', '.join(asked.strategies)} does not exist on {program.topology.name}: hsdp needs several hosts of "
-            "several ranks; allow fsdp or ddp",
+            "several ranks, tp hosts of several ranks and pairs of linear layers that divide by them; allow fsdp or ddp",
             conflict=("dense.strategies",),
             relaxation="dense.strategies: fsdp",
         )

@@ -88,7 +88,7 @@ def group_topology(topology: Topology, groups: int) -> Topology:
     return replace(topology, name=f"{topology.name}/{groups}", levels=(levels[-1], *reversed(kept)))
 
 
-def _across(topology: Topology, groups: int) -> Topology:
+def across(topology: Topology, groups: int) -> Topology:
     """One rank of each group: the outer levels, as far as groups divide them."""
     left, levels = groups, []
     for level in reversed(topology.levels):
@@ -142,7 +142,7 @@ def _weigh(program: Program, request: DenseRequest, calibration: Calibration) ->
         assert placed.tables is not None
         assert placed.memory is not None
         size = _synchronised(placed)
-        net = communication(_across(program.topology, groups), calibration)
+        net = communication(across(program.topology, groups), calibration)
         sync = net.ranked("all_reduce", size)[0].seconds if size else 0.0
         step = _step(program, placed, calibration) + sync / request.sync_every
         candidates.append(SparseCandidate(groups, step, sync, max(rank.total for rank in placed.memory)))
@@ -201,7 +201,8 @@ def _step(whole: Program, group: Program, calibration: Calibration) -> float:
         whole.workload,
         calibration,
         mode,
-        reduction=sharded_dense(whole.decisions.dense, whole.topology, calibration) or reduction,
+        reduction=sharded_dense(whole.decisions.dense, whole.topology, calibration, whole.workload)
+        or reduction,
         host_seconds=lasted.get("framework", 0.0),
     ).step
 

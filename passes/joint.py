@@ -83,7 +83,7 @@ def step_base(program: Program, calibration: Calibration) -> float:
     """Seconds of the step besides the embedding phases: overheads, and the dense part when not overlapped."""
     mode = program.options.mode
     empty = dict.fromkeys(PHASES, 0.0)
-    split = sharded_dense(program.decisions.dense, program.topology, calibration)
+    split = sharded_dense(program.decisions.dense, program.topology, calibration, program.workload)
     dense = step_timeline(
         program.model, empty, program.topology, program.workload, calibration, mode, reduction=split
     ).step

@@ -46,7 +46,8 @@ class StepTimeline:
             mode,
             program.decisions.formats,
             _fetch_seconds(program, calibration),
-            sharded_dense(program.decisions.dense, topology, calibration) or _reduction(program, calibration),
+            sharded_dense(program.decisions.dense, topology, calibration, workload)
+            or _reduction(program, calibration),
             framework_seconds(len(program.tables), _exchange_types(program), calibration),
         )
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))

@@ -20,7 +20,7 @@ def render_dense(plan: Plan) -> RenderableType:
         parts.append(Text(section.reason))
         table = grid("layout", ">gathers", ">unit", ">dense memory", ">step")
         for c in section.candidates:
-            gathers = "-" if c.strategy == "ddp" else "2" if c.reshard_after_forward else "1"
+            gathers = "-" if c.strategy in ("ddp", "tp") else "2" if c.reshard_after_forward else "1"
             table.add_row(
                 c.strategy,
                 gathers,
@@ -35,6 +35,13 @@ def render_dense(plan: Plan) -> RenderableType:
 
 
 def _layout(section: DensePlan) -> str:
+    if section.pairs:
+        first = section.pairs[0]
+        more = f" and {len(section.pairs) - 1} more" if len(section.pairs) > 1 else ""
+        return (
+            f"tp, {first.first} and {first.second}{more} split over the {section.tensor} ranks of a host, the rest in "
+            f"{section.replicas} replicas; {format_bytes(section.wire_bytes)} sent a rank and step"
+        )
     if section.shard == 1:
         return f"{section.strategy}, {section.replicas} replicas"
     copies = f", {section.replicas} replicas" if section.replicas > 1 else ""

@@ -20,7 +20,7 @@ def check_dense(plan: Plan) -> Iterator[str]:
     if section is None:
         return
     host, world = plan.topology.host_size, plan.world_size
-    meant = {"ddp": 1, "hsdp": host, "fsdp": world}[section.strategy]
+    meant = {"ddp": 1, "tp": 1, "hsdp": host, "fsdp": world}[section.strategy]
     if section.shard != meant or section.shard * section.replicas != world:
         yield (
             f"{section.strategy} splits over {section.shard} ranks with {section.replicas} replicas; "
@@ -29,6 +29,7 @@ def check_dense(plan: Plan) -> Iterator[str]:
     twice = [m for m, count in Counter(m for unit in section.units for m in unit).items() if count > 1]
     if twice:
         yield f"module {twice[0]!r} is gathered in two units"
+    yield from _pairs(plan, section)
     request = plan.constraints.dense
     if request is not None and section.candidates and section.strategy not in request.strategies:
         yield f"{section.strategy} is not among the strategies asked for"
@@ -39,10 +40,45 @@ def check_dense(plan: Plan) -> Iterator[str]:
         yield from _groups(plan, section.sparse)
 
 
+def _pairs(plan: Plan, section: DensePlan) -> Iterator[str]:
+    """Layers split by tensor parallelism: each once, over the ranks of a host, in whole units."""
+    if (section.strategy == "tp") != bool(section.pairs) or (section.tensor > 1) != bool(section.pairs):
+        yield f"{section.strategy} splits {len(section.pairs)} pairs of layers over {section.tensor} ranks"
+        return
+    if section.pairs and section.tensor != plan.topology.host_size:
+        yield f"layers are split over {section.tensor} ranks, a host has {plan.topology.host_size}"
+    twice = [m for m, n in Counter(m for p in section.pairs for m in (p.first, p.second)).items() if n > 1]
+    if twice:
+        yield f"layer {twice[0]!r} is split in two pairs"
+    for pair in section.pairs:
+        if pair.units % section.tensor:
+            yield f"the {pair.units} units of {pair.first!r} do not divide over {section.tensor} ranks"
+    if sum(pair.params for pair in section.pairs) > plan.model.dense_params:
+        yield "more parameters are split than the dense part has"
+    decided = plan.decisions
+    beside = [decided.compression is not None, decided.towers is not None and decided.towers.applied]
+    if section.pairs and (any(beside) or any(table.tiers is not None for table in plan.table_plans)):
+        yield "split layers run beside TorchRec's tables, without towers, codecs and tiers"
+
+
+def _pair_bytes(plan: Plan, section: DensePlan) -> float:
+    """Of a step's collectives around and of split layers, one collective at a time."""
+    item = nbytes(plan.workload.compute_dtype)
+    samples = plan.workload.global_batch / plan.world_size * section.tensor
+    sent = 0.0
+    for pair in section.pairs:
+        for elements in (pair.inputs, pair.outputs):
+            sent += 2 * elements * samples * item  # one way forward, the other backward
+        if plan.world_size > section.tensor:
+            sent += 2 * pair.params / section.tensor * item
+        sent -= 2 * pair.params * item  # not among the replicated gradients
+    return sent
+
+
 def _bytes(plan: Plan, section: DensePlan) -> Iterator[str]:
     """Messages counted one collective at a time."""
     size = plan.model.dense_params * nbytes(plan.workload.compute_dtype)
-    sent = 0.0
+    sent = _pair_bytes(plan, section)
     if section.shard > 1:
         sent += size  # reduce-scatter
         sent += size * (2 if section.reshard_after_forward else 1)  # gathers
@@ -68,7 +104,8 @@ def _memory(plan: Plan, section: DensePlan) -> Iterator[str]:
     """A rank's share of weights, gradients and state, and one gathered copy where weights are kept gathered."""
     if plan.mode != "train":
         return
-    share = plan.model.dense_params * _COPY / section.shard
+    split = sum(pair.params for pair in section.pairs)
+    share = (plan.model.dense_params - split + split / section.tensor) * _COPY / section.shard
     if section.shard > 1 and not section.reshard_after_forward:
         share += plan.model.dense_params * nbytes(plan.workload.compute_dtype)
     for entry in plan.memory:

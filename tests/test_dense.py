@@ -20,12 +20,14 @@ from cost_models.dense import (
     unit_params,
     wire_bytes,
 )
+from cost_models.dense_tensor import tensor_pairs
 from ir.constraints import Constraints
 from ir.dense_plan import DenseRequest
 from ir.errors import InfeasibleError, InputError
 from ir.ops import EmbeddingTable, Op
 from ir.plan import Plan
 from ir.program import Model
+from ir.tier_plan import TierRequest
 from ir.topology import Topology
 from ir.workload import Workload
 from passes.dense_sparse import group_topology
@@ -46,6 +48,8 @@ def model(layers: int = 4) -> Model:
             f"top{i}",
             "gemm",
             f"top.{i}",
+            target="Linear",
+            inputs=(f"top{i - 1}",) if i else (),
             flops=2e6,
             params=WIDE**2,
             activation_bytes=64,
@@ -73,6 +77,7 @@ def test_hsdp_moves_nine_eighths_of_data_parallelism_in_hosts_of_eight() -> None
     assert message_bytes(hsdp, 1e9) / message_bytes(ddp, 1e9) == pytest.approx(1.125)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 64), st.booleans())
 def test_bytes_on_the_wire_follow_a_ring_rank_by_rank(shard: int, replicas: int, reshard: bool) -> None:
     """A ring sends one block of 1/n in each of n - 1 steps, an all-reduce twice that."""
@@ -86,6 +91,7 @@ def test_bytes_on_the_wire_follow_a_ring_rank_by_rank(shard: int, replicas: int,
     assert wire_bytes(layout, size) == pytest.approx(sent)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=8), st.integers(1, 8))
 def test_memory_law_of_groups(tables: list[int], power: int) -> None:
     """M groups of T/M ranks hold M copies: counted rank by rank, the mean grows by S (M - 1) / T."""
@@ -192,3 +198,62 @@ def test_groups_share_what_the_tables_take() -> None:
     assert steps[sparse.groups] == min(s for s in steps.values() if s is not None)
     assert all(finding.ok for finding in verify(plan))
     assert "groups" in to_text(explain_plan(plan), width=120)
+
+
+def test_pairs_are_linear_layers_that_nothing_else_reads() -> None:
+    """A chain of four layers gives two pairs; a norm, a second reader or odd units between end one."""
+    base = chain(("gemm", "elementwise", "gemm", "elementwise", "gemm", "gemm"))
+    assert [(p.first, p.second) for p in tensor_pairs(base, 4)] == [("m0", "m2"), ("m4", "m5")]
+    assert tensor_pairs(base, 3) == ()  # 64 units
+    assert tensor_pairs(base, 4, least=2 * 64**2 + 1) == ()
+    normed = chain(("gemm", "norm", "gemm"))
+    assert tensor_pairs(normed, 4) == ()
+    read_twice = replace(base, ops=(*base.ops, Op("more", "elementwise", "more", inputs=("o1",))))
+    assert [p.first for p in tensor_pairs(read_twice, 4)] == ["m2"]
+
+
+def chain(kinds: tuple[str, ...]) -> Model:
+    """Ops one after the other, linear layers of 64 x 64 without biases."""
+    ops = []
+    for i, kind in enumerate(kinds):
+        linear = kind == "gemm"
+        ops.append(
+            Op(
+                f"o{i}",
+                kind,
+                f"m{i}",
+                target="Linear" if linear else "ReLU",
+                inputs=(f"o{i - 1}",) if i else (),
+                out_shape=(2, 64),
+                params=64**2 if linear else 0,
+                gemm=(64, 64) if linear else None,
+            )
+        )
+    return Model("chain", (), tuple(ops))
+
+
+def test_wide_layers_are_split_where_weights_outweigh_activations() -> None:
+    """With 8 samples a rank a host gathers far less around a pair than its 8 MiB of weights, with 8,192 far more."""
+    machine = topology(1, 4)
+    every = DenseRequest(strategies=("ddp", "tp"))
+    few = compiled(machine, every)
+    assert few.decisions.dense is not None
+    assert few.decisions.dense.strategy == "tp"
+    assert all(finding.ok for finding in verify(few)), [f for f in verify(few) if not f.ok]
+    work = Workload(8192 * 4, {}, optimizer="sgd")
+    asked = Constraints(dense=every, memory_reserve=0.0)
+    many = planner.compile(model(), machine, work, constraints=asked)
+    assert many.decisions.dense is not None
+    assert many.decisions.dense.strategy == "ddp"
+    used = few.memory[0].used
+    split = sum(pair.params for pair in few.decisions.dense.pairs)
+    assert used["dense_weights"] == pytest.approx(4 * (few.model.dense_params - split * 3 / 4), abs=4)
+    assert few.timeline.step == pytest.approx(
+        min(c.step_seconds for c in few.decisions.dense.candidates if c.step_seconds is not None), rel=1e-3
+    )
+    assert "split over the 4 ranks of a host" in to_text(explain_plan(few), width=140)
+    tampered = replace(few.decisions.dense, tensor=2)
+    broken = replace(few, decisions=replace(few.decisions, dense=tampered))
+    assert any("a host has 4" in fault for f in verify(broken) for fault in f.faults)
+    with pytest.raises(InputError, match="leave tp out"):
+        planner.compile(model(), machine, work, constraints=replace(asked, tiers=TierRequest()))

@@ -74,6 +74,28 @@ def test_another_world_is_refused() -> None:
         launch(f"{TARGETS}:messages", 2, {"shard": 4, "replicas": 1, "reshard": False})
 
 
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_split_pair_of_layers_trains_as_the_unsharded_one(tensor: int) -> None:
+    """4 ranks: the pair over two hosts of 2, and over one of 4; buffers as the cost model counts them."""
+    for found in launch(f"{TARGETS}:pair", 4, {"tensor": tensor}, host_size=tensor):
+        assert found["difference"] < 1e-6
+        assert found["held"] == 24 * 33 // tensor
+        # gathered and scattered, forwards and backwards
+        assert found["sent"] == 2 * (16 + 16) * found["samples"] * tensor
+
+
+def test_a_plan_that_splits_wide_layers_trains_as_the_unsharded_model() -> None:
+    plan = compiled("wukong-small", 2, 2, strategies=("tp",))
+    assert plan.decisions.dense is not None
+    assert plan.decisions.dense.strategy == "tp"
+    assert len(plan.decisions.dense.pairs) >= 2
+    result = run_plan(plan, "planner.zoo:build", ("wukong-small",), {"device": "cpu"}, steps=1, lr=0.1)
+    assert result.outputs.absolute < 1e-5
+    assert result.weights.absolute < 1e-5
+    with pytest.raises(InputError, match="no tensor parallelism"):
+        emit_torchrec(plan, "wukong-small")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_groups_of_tables_train_as_the_unsharded_model(strategy: Any) -> None:
     """Two groups of two ranks; SGD and a synchronisation every step are exact."""

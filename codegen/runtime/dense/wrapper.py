@@ -1,4 +1,4 @@
-"""FSDP or HSDP in the place of TorchRec's DDP: the dense part of a ``DistributedModelParallel``."""
+"""FSDP, HSDP or split layers in the place of TorchRec's DDP: the dense part of a ``DistributedModelParallel``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torchrec.distributed.model_parallel import DataParallelWrapper, DefaultData
 from torchrec.distributed.types import ShardingEnv
 
 from codegen.runtime.dense.shard import dense_mesh, shard_dense
+from codegen.runtime.dense.tensor import split_pairs, tensor_mesh
+from ir.dense_plan import TensorPair
 
 
 @dataclass
@@ -41,6 +43,36 @@ class ShardedDataParallel(DataParallelWrapper):  # type: ignore[misc]
             reshard_after_forward=self.reshard_after_forward,
             ignored=ignored,
             compute_dtype=self.compute_dtype,
+        )
+
+
+@dataclass
+class TensorDataParallel(DataParallelWrapper):  # type: ignore[misc]
+    """TorchRec's seam for the dense part: pairs of layers split over the ranks of a host, the rest under DDP."""
+
+    pairs: Sequence[TensorPair]
+    tensor: int
+
+    def wrap(self, dmp: Any, env: Any, device: torch.device) -> None:
+        """Split the pairs and replicate the rest; called once, when all weights are allocated."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        module = dmp._dmp_wrapped_module
+        if isinstance(module, DistributedDataParallel):
+            return
+        own = set(DistributedModelParallel._sharded_parameter_names(module))
+        mesh = tensor_mesh(self.tensor, device.type, env.process_group)
+        own |= split_pairs(module.to(device), self.pairs, mesh)
+        if all(name in own for name, p in module.named_parameters() if p.requires_grad):
+            return
+        # DDP's own hook for parameters that are no replicas; TorchRec uses it for its shards
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(own))  # type: ignore[no-untyped-call]
+        dmp._dmp_wrapped_module = DistributedDataParallel(
+            module,
+            device_ids=None if device.type == "cpu" else [device],
+            process_group=env.process_group,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
         )
 
 
