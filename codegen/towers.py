@@ -229,7 +229,7 @@ def tower_model(
     graph = trace_model(module)
     node = lookup_node(graph)
     collection: Any = graph.get_submodule(str(node.target))
-    _check_tables(plan, decision, collection)
+    check_tables(plan, collection)
     movable = movable_modules(graph, node, decision)
     layout = tower_layout(plan, decision)
     rank = dist.get_rank(group)
@@ -282,9 +282,10 @@ def applied_towers(plan: Plan) -> TowerDecision:
     return decision
 
 
-def _check_tables(plan: Plan, decision: TowerDecision, collection: Any) -> None:
+def check_tables(plan: Plan, collection: Any) -> None:
+    """Raise InputError unless the collection has the plan's tables."""
     configs = {config.name: config for config in collection.embedding_bag_configs()}
-    planned = {name for tower in decision.towers for name in tower.tables}
+    planned = set(plan.tables)
     for name in sorted(planned ^ set(configs)):
         where = "the plan" if name in planned else "the model"
         raise InputError(f"table {name!r} is in {where} only; compile the plan for this model")

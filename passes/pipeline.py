@@ -19,6 +19,7 @@ from passes.growth import GrowthSchedule
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
 from passes.step import StepTimeline
+from passes.tower_compression import TowerCompression
 from passes.towers import Towers
 
 Observer = Callable[[str, Program], None]
@@ -38,6 +39,7 @@ def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
         SparseGroups(calibration),  # weighed against the flat step
         GrowthSchedule(calibration),  # prices every phase as the passes before it price a step
         Towers(calibration),  # replaces the flat plan where it is slower
+        TowerCompression(calibration),  # other exchanges, other codecs
     )
 
 

@@ -8,6 +8,7 @@ towers are not offered.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,9 +17,11 @@ from cost_models.dense import planned_dense_memory
 from cost_models.towers import tower_topology
 from ir.constraints import Constraints, ShardingType, TableConstraint
 from ir.errors import InfeasibleError, InputError
+from ir.format_plan import FormatRequest
 from ir.ops import EmbeddingTable
 from ir.plan import Certificate, TablePlan
 from ir.program import Model, Program
+from ir.tier_plan import TierPlan
 from ir.towers import Tower
 from passes.sharding import Sharding
 from passes.sharding_prices import memory_limit
@@ -40,12 +43,12 @@ _ON_HOSTS: tuple[ShardingType, ...] = (
 
 def shard_towers(
     program: Program, towers: Sequence[Tower], calibration: Calibration
-) -> tuple[tuple[TablePlan, ...], Certificate]:
-    """Decide every table within its tower.
+) -> tuple[tuple[TablePlan, ...], Certificate, TierPlan | None]:
+    """Decide every table within its tower; number formats stay those of the program's section.
 
     Returns:
-        The table plans in the model's order, and the certificate of the slowest tower: for these towers no
-        plan has a smaller embedding time.
+        The table plans in the model's order, the certificate of the slowest tower (for these towers no
+        plan has a smaller embedding time), and the use of memory tiers where these are asked for.
 
     Raises:
         InfeasibleError: a tower's tables do not fit its ranks; names the tower.
@@ -53,9 +56,10 @@ def shard_towers(
     """
     found: dict[str, TablePlan] = {}
     certificates = []
+    uses: list[TierPlan] = []
     for number, tower in enumerate(towers):
         try:
-            plans, certificate = _shard(program, tower, len(towers), calibration)
+            plans, certificate, tiers = _shard(program, tower, len(towers), calibration)
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"tower {number} ({len(tower.tables)} tables on {tower.ranks} ranks): {error}",
@@ -63,6 +67,7 @@ def shard_towers(
                 error.relaxation,
             ) from None
         certificates.append(certificate)
+        uses += [tiers] if tiers is not None else []
         found.update({plan.name: plan for plan in plans})
     slowest = max(certificates, key=lambda c: c.objective)
     bound = max(c.lower_bound for c in certificates)
@@ -72,12 +77,52 @@ def shard_towers(
         lower_bound=min(bound, slowest.objective),
         status="optimal" if bound >= slowest.objective * (1 - 1e-6) else "feasible",
     )
-    return tuple(found[table.name] for table in program.model.tables), together
+    return tuple(found[table.name] for table in program.model.tables), together, _busiest(uses)
+
+
+def _busiest(uses: Sequence[TierPlan]) -> TierPlan | None:
+    """The tiers of all towers: each as its busiest host uses it. Towers have hosts of their own."""
+    if not uses:
+        return None
+    slowest = max(uses, key=lambda plan: plan.step)
+    tiers = []
+    for name in dict.fromkeys(use.tier for plan in uses for use in plan.tiers):
+        mine = [use for plan in uses for use in plan.tiers if use.tier == name]
+        kinds = sorted({kind for use in mine for kind in use.seconds})
+        tiers.append(
+            replace(
+                max(mine, key=lambda use: use.bytes),
+                seconds={kind: max(use.seconds.get(kind, 0.0) for use in mine) for kind in kinds},
+                binding=tuple(dict.fromkeys(kind for use in mine for kind in use.binding)),
+                price_per_gb=max(use.price_per_gb for use in mine),
+            )
+        )
+    return replace(
+        slowest,
+        tiers=tuple(tiers),
+        hosts=sum(plan.hosts for plan in uses),
+        lower_bound=max(p.lower_bound for p in uses),
+    )
+
+
+def _pinned(program: Program, tables: Sequence[EmbeddingTable]) -> FormatRequest | None:
+    """The formats that were decided for the whole model, as the only ones allowed."""
+    asked, decided = program.options.constraints.formats, program.decisions.formats
+    if asked is None or decided is None:
+        return asked
+    rules: dict[str, tuple[str, ...]] = dict.fromkeys(
+        ("traffic.forward", "traffic.backward"), (program.workload.exchange_dtype,)
+    )
+    for name in (name for table in tables for name in (table.name, f"{table.name}.state")):
+        format = decided.format_of(name)
+        if format is not None:
+            rules[glob.escape(name)] = (format,)
+    return FormatRequest(rules=rules, kernels=asked.kernels, sensitivity=asked.sensitivity)
 
 
 def _shard(
     program: Program, tower: Tower, towers: int, calibration: Calibration
-) -> tuple[tuple[TablePlan, ...], Certificate]:
+) -> tuple[tuple[TablePlan, ...], Certificate, TierPlan | None]:
     topology = tower_topology(program.topology, tower.ranks)
     tables = tuple(table for table in program.model.tables if table.name in tower.tables)
     dense = sum(planned_dense_memory(program).values())
@@ -87,6 +132,7 @@ def _shard(
         memory_limit=max(1, memory_limit(program) - dense),
         memory_reserve=0.0,
         tables=_rules(tables, constraints, topology.world_size, topology.hosts),
+        formats=_pinned(program, tables),
         towers=None,
     )
     part = replace(
@@ -105,7 +151,8 @@ def _shard(
     done = Sharding(calibration).run(part)
     assert done.tables is not None
     assert done.certificate is not None
-    return tuple(_moved(plan, tower.first_rank, topology.hosts) for plan in done.tables), done.certificate
+    moved = tuple(_moved(plan, tower.first_rank, topology.hosts) for plan in done.tables)
+    return moved, done.certificate, done.decisions.tiers
 
 
 def _rules(

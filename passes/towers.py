@@ -87,6 +87,8 @@ class Towers:
         if not decision.applied:
             return replace(done, warnings=(*done.warnings, f"towers: {decision.reason}"))
         done = replace(done, tables=chosen.tables, certificate=chosen.certificate, timeline=chosen.timeline)
+        if chosen.tiers is not None:
+            done = replace(done, decisions=replace(done.decisions, tiers=chosen.tiers))
         return MemoryAccounting().run(done)
 
 
@@ -262,7 +264,7 @@ class _Candidate:
         topology, workload, mode = program.topology, program.workload, program.options.mode
         self.tables: tuple[TablePlan, ...]
         self.certificate: Certificate
-        self.tables, self.certificate = shard_towers(program, towers, calibration)
+        self.tables, self.certificate, self.tiers = shard_towers(program, towers, calibration)
         overheads = phase_overheads(topology, workload, calibration, mode)
 
         def step(kind: str, shape: tuple[Tower, ...], model: Model) -> tuple[Timeline, float]:

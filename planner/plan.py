@@ -54,7 +54,8 @@ class Plan(ir.plan.Plan):
         With a process group: sharded by TorchRec (:func:`codegen.torchrec.sharded_model`), tables in their
         ``DataType``; where the plan compresses exchanges by error-bounded codecs, by
         :func:`codegen.compressed.compressed_model`; where towers are applied, in tower form with the plan's
-        tower modules (:func:`codegen.towers.tower_model`). Without one: in this process, in the plan's number formats
+        tower modules (:func:`codegen.towers.tower_model`); where it joins several of towers, deduplication, codecs,
+        formats and tiers, by :func:`codegen.composed.composed_model`. Without one: in this process, in the plan's number formats
         (:func:`codegen.formats.apply`). A decoder's training plan takes the default group
         (:func:`codegen.llm.parallel_model`).
         """
@@ -66,6 +67,14 @@ class Plan(ir.plan.Plan):
             from codegen.formats import apply
 
             return apply(self, module, **kwargs)
+        from codegen.composed import composed_model, composes
+
+        if composes(self):
+            from planner.zoo.multi_tower import with_towers
+
+            towers = self.decisions.towers
+            shaped = with_towers(module, towers) if towers is not None and towers.applied else module
+            return composed_model(self, shaped, process_group, **kwargs)
         if self.decisions.towers is not None and self.decisions.towers.applied:
             from codegen.towers import tower_model
             from planner.zoo.multi_tower import with_towers

@@ -4,7 +4,7 @@ Nothing here calls the passes or the cost models. Coverage is counted cell by ce
 the shards cut a table into; memory is re-added from rows, widths and the optimizer's state; geometry is
 checked against what each sharding type means. Checks, in order: ``format``, ``tables``, ``ranks``,
 ``coverage``, ``geometry``, ``kernels``, ``memory``, ``formats``, ``tiers``, ``certificate``, ``timeline``, ``dedup``,
-``dense``, ``towers``, ``parallelism``, ``parallel_memory``, ``model``.
+``dense``, ``towers``, ``composition``, ``parallelism``, ``parallel_memory``, ``model``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ir.ops import EmbeddingTable
 from ir.plan import EVERY_RANK, FORMAT_VERSION, Plan, Shard, TablePlan
 from ir.units import format_bytes
 from planner.verify_collectives import check_collectives
+from planner.verify_composition import check_composition
 from planner.verify_compression import compression_faults
 from planner.verify_dedup import check_dedup
 from planner.verify_dense import check_dense
@@ -64,6 +65,7 @@ def verify(plan: Plan, tables: tuple[EmbeddingTable, ...] | None = None) -> tupl
         ("growth", check_growth),
         ("compression", compression_faults),
         ("collectives", check_collectives),
+        ("composition", check_composition),
         ("parallelism", check_parallelism),
         ("parallel_memory", check_parallel_memory),
         ("serving", check_serving),

@@ -81,7 +81,10 @@ def _engine_faults(plan: Plan, section: Compression) -> Iterator[str]:
     if not used:
         return
     kinds = {table.sharding_type for table in plan.table_plans}
+    towers = plan.decisions.towers
     if section.engine == "exchange":
+        if towers is not None and towers.applied:
+            return  # whole vectors cross between peers, however a tower splits its tables
         bad = sorted(kinds - set(_TABLE_WISE))
         if bad:
             yield f"compression runs whole tables and column blocks only, the plan has {bad[0]} tables"

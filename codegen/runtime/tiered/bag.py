@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +72,7 @@ class TieredEmbeddingBag(nn.Module):
         lr: float = 0.01,
         eps: float = ADAGRAD_EPS,
         mode: Literal["sum", "mean"] = "sum",
-    ) -> TieredEmbeddingBag:
+    ) -> Self:
         """Make a table (see :meth:`TieredTable.create`) and a bag over it.
 
         Args:
@@ -143,11 +143,19 @@ class TieredEmbeddingBag(nn.Module):
             rows.register_post_accumulate_grad_hook(self._updater(batch, slots))  # type: ignore[no-untyped-call]
         inverse = torch.from_numpy(batch.inverse)
         pooled = F.embedding_bag(
-            inverse, rows, offsets, mode=self.mode, per_sample_weights=per_sample_weights
+            inverse, self.read(rows), offsets, mode=self.mode, per_sample_weights=per_sample_weights
         )
         if not torch.is_grad_enabled():
             self.table.release(batch, changed=False)
         return pooled
+
+    def read(self, rows: Tensor) -> Tensor:
+        """What the lookup sees of (n, dim) stored rows; for subclasses."""
+        return rows
+
+    def keep(self, state: Tensor) -> Tensor:
+        """What is stored of (n, width) updated optimizer state; for subclasses."""
+        return state
 
     def _updater(self, batch: Batch, slots: Tensor) -> Callable[[Tensor], None]:
         def update(rows: Tensor) -> None:
@@ -160,7 +168,7 @@ class TieredEmbeddingBag(nn.Module):
                     self.table.shape.optimizer, weights, state, rows.grad, self.lr, self.eps, self.table.steps
                 )
                 self._weights.index_copy_(0, slots, weights)
-                self._state.index_copy_(0, slots, state)
+                self._state.index_copy_(0, slots, self.keep(state))
             rows.grad = None
             self._pending.remove(batch)
             self.table.release(batch, changed=True)

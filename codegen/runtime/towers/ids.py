@@ -46,7 +46,7 @@ def bags_of(ids: Any, feature: str, mean: bool) -> Bags:
     return Bags(jagged.values(), lengths, weights)
 
 
-def _of_rows(bags: Bags, slot: Slot) -> Bags:
+def bags_of_slot(bags: Bags, slot: Slot) -> Bags:
     """The ids within a slot's rows, counted from its first row."""
     if slot.whole:
         return bags
@@ -83,7 +83,7 @@ def exchange_ids(
 
     def get(slot: Slot) -> Bags:
         if slot not in made:
-            made[slot] = _of_rows(bags(slot.feature), slot)
+            made[slot] = bags_of_slot(bags(slot.feature), slot)
         return made[slot]
 
     per_rank = [[get(slot) for slot in of_rank] for of_rank in slots]

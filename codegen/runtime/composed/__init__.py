@@ -1,0 +1,1 @@
+"""What a plan executes that joins towers, deduplication, codecs, number formats and memory tiers."""
