@@ -27,6 +27,15 @@ class Batch:
         """Samples."""
         return len(self.labels)
 
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Floating-point inputs, weights of ids and labels in another type."""
+        inputs = tuple(
+            v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in self.inputs
+        )
+        return Batch(
+            tuple(_with_weights(v, dtype) if is_jagged(v) else v for v in inputs), self.labels.to(dtype)
+        )
+
     def part(self, index: int, parts: int) -> Batch:
         """Slice ``index`` of ``parts`` equal ones; raises InputError when they cannot be equal."""
         if self.size % parts:
@@ -37,6 +46,15 @@ class Batch:
         start = index * each
         inputs = tuple(cut(value, start, each) for value in self.inputs)
         return Batch(inputs, self.labels[start : start + each])
+
+
+def _with_weights(value: Any, dtype: torch.dtype) -> Any:
+    weights = value.weights_or_none()
+    if weights is None:
+        return value
+    return type(value)(
+        keys=value.keys(), values=value.values(), lengths=value.lengths(), weights=weights.to(dtype)
+    )
 
 
 def cut(value: Any, start: int, count: int) -> Any:

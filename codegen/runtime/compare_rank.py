@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from torch.nn import functional as F
 
 from codegen.dense import groups_of
 from codegen.runtime.batches import Batch, RandomBatches
-from codegen.runtime.compare import DENSE_LR, DENSE_OPTIMIZER, EPS, Difference
+from codegen.runtime.compare import (
+    DENSE_LR,
+    DENSE_OPTIMIZER,
+    EPS,
+    UPDATE_TOLERANCE,
+    Difference,
+    tolerance_of,
+)
 from codegen.runtime.gather import gather_rows, mean_over_ranks, whole_weights
 from codegen.runtime.launch import Rank
 from codegen.runtime.models import ModelSpec
@@ -92,16 +100,26 @@ def train_and_compare(
     return answer
 
 
-def _compare_alone(
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a training gave: outputs and loss of each step, weights before and after."""
+
+    outputs: list[Outputs]
+    losses: list[Tensor]
+    initial: dict[str, Tensor]
+    final: dict[str, Tensor]
+    seconds: list[float]
+
+
+def _train_alone(
     spec: ModelSpec,
     plan: Plan,
-    sharded_run: tuple[list[Outputs], list[float], dict[str, Tensor]],
     before: Mapping[str, float],
-    setting: tuple[int, int, float, Optimizer],
-) -> dict[str, Any]:
-    """Train the unsharded model on the same batches, and the differences to it."""
-    outputs, losses, weights = sharded_run
-    batch, seed, lr, optimizer = setting
+    setting: tuple[int, int, float, Optimizer, int],
+    dtype: torch.dtype,
+) -> _Run:
+    """Train the unsharded model on the batches of the sharded run, in ``dtype``."""
+    batch, seed, lr, optimizer, steps = setting
     module, example = spec.build(seed)
     if checksums(module) != before:
         raise InputError(
@@ -109,37 +127,104 @@ def _compare_alone(
             "compared; let it draw its weights from torch's global random state"
         )
     batches = RandomBatches(module, plan.table_plans, plan.workload, batch, example)
-    alone = unsharded_model(plan, module, optimizer, lr)
+    alone = unsharded_model(plan, module.to(dtype), optimizer, lr)
     initial = {name: value.detach().clone() for name, value in module.named_parameters()}
-    found_losses, seconds = [], []
-    of_outputs = of_losses = Difference(0.0, 0.0, "")
-    for step in range(len(losses)):
-        whole = batches(step_seed(seed, step))
+    outputs, losses, seconds = [], [], []
+    for step in range(steps):
+        whole = batches(step_seed(seed, step)).to(dtype)
         start = time.perf_counter()
         found, loss = train_step(alone, whole)
         seconds.append(time.perf_counter() - start)
-        found_losses.append(float(loss))
-        for key, value in found.items():
-            of_outputs = of_outputs.join(difference(outputs[step][key], value, f"step {step} {key}".strip()))
-        of_losses = of_losses.join(difference(torch.tensor(losses[step]), loss, f"step {step}"))
-    of_weights = of_updates = Difference(0.0, 0.0, "")
-    final = module.state_dict()
-    for name, value in final.items():
-        of_weights = of_weights.join(difference(weights[name], value, name))
-        if name in initial:
-            moved = difference_of_updates(weights[name], value, initial[name], len(losses), name)
-            of_updates = of_updates.join(moved)
-    return {
-        "outputs": asdict(of_outputs),
-        "losses": asdict(of_losses),
-        "weights": asdict(of_weights),
-        "updates": asdict(of_updates),
-        "changed": sum(not torch.equal(value, weights[name]) for name, value in initial.items()),
-        "tensors": len(initial),
-        "unsharded_seconds": seconds,
-        "sharded_losses": losses,
-        "unsharded_losses": found_losses,
+        outputs.append(found)
+        losses.append(loss)
+    return _Run(outputs, losses, initial, dict(module.state_dict()), seconds)
+
+
+def _differences(found: _Run, expected: _Run) -> dict[str, dict[str, Difference]]:
+    """Of every output, loss, weight and update of a run from those of another, by name."""
+    made: dict[str, dict[str, Difference]] = {"outputs": {}, "losses": {}, "weights": {}, "updates": {}}
+    steps = len(expected.losses)
+    for step in range(steps):
+        for key, value in expected.outputs[step].items():
+            where = f"step {step} {key}".strip()
+            made["outputs"][where] = difference(found.outputs[step][key], value, where)
+        made["losses"][f"step {step}"] = difference(found.losses[step], expected.losses[step], f"step {step}")
+    for name, value in expected.final.items():
+        made["weights"][name] = difference(found.final[name], value, name)
+        if name in expected.initial:
+            moved = difference_of_updates(found.final[name], value, expected.initial[name], steps, name)
+            made["updates"][name] = moved
+    return made
+
+
+def _compare_alone(
+    spec: ModelSpec,
+    plan: Plan,
+    sharded_run: tuple[list[Outputs], list[float], dict[str, Tensor]],
+    before: Mapping[str, float],
+    setting: tuple[int, int, float, Optimizer],
+) -> dict[str, Any]:
+    """Train the unsharded model on the same batches, and the differences to it.
+
+    What lies beyond the tolerance is judged once more, beside the unsharded model in float64: its own float32 run
+    differs from that by rounding alone, and so may the sharded one.
+    """
+    outputs, losses, weights = sharded_run
+    whole_setting = (*setting, len(losses))
+    alone = _train_alone(spec, plan, before, whole_setting, torch.float32)
+    sharded = _Run(outputs, [torch.tensor(loss) for loss in losses], alone.initial, weights, [])
+    found = _differences(sharded, alone)
+    limits = {"updates": UPDATE_TOLERANCE}
+    beyond = {
+        kind: [
+            name for name, one in tensors.items() if not one.relative <= limits.get(kind, tolerance_of(plan))
+        ]
+        for kind, tensors in found.items()
     }
+    excess = 0.0
+    if any(beyond.values()):
+        with doubles_stay():
+            exact = _train_alone(spec, plan, before, whole_setting, torch.float64)
+        own, rounding = _differences(sharded, exact), _differences(alone, exact)
+        excess = max(
+            _ratio(own[kind][name].absolute, rounding[kind][name].absolute)
+            for kind, names in beyond.items()
+            for name in names
+        )
+    worst = {}
+    for kind, tensors in found.items():
+        joined = Difference(0.0, 0.0, "")
+        for one in tensors.values():
+            joined = joined.join(one)
+        worst[kind] = asdict(joined)
+    return {
+        **worst,
+        "over_rounding": excess,
+        "changed": sum(not torch.equal(value, weights[name]) for name, value in alone.initial.items()),
+        "tensors": len(alone.initial),
+        "unsharded_seconds": alone.seconds,
+        "sharded_losses": losses,
+        "unsharded_losses": [float(loss) for loss in alone.losses],
+    }
+
+
+def _ratio(found: float, allowed: float) -> float:
+    return found / allowed if allowed else (0.0 if found == 0 else float("inf"))
+
+
+@contextlib.contextmanager
+def doubles_stay() -> Iterator[None]:
+    """``Tensor.float()`` leaves float64 as it is: TorchRec's collections and losses call it on what they return."""
+    kept = torch.Tensor.float
+
+    def wide(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self if self.dtype == torch.float64 else kept(self, *args, **kwargs)
+
+    torch.Tensor.float = wide  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.float = kept  # type: ignore[method-assign]
 
 
 def step_seed(seed: int, step: int) -> int:
