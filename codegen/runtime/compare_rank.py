@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import sys
 import time
@@ -92,7 +93,7 @@ def train_and_compare(
     if spans:  # one step more, which is not compared
         part = batches(step_seed(seed, steps)).part(place.rank, place.world_size)
         dist.barrier()
-        answer["spans"] = profiled(place.rank, lambda: train_step(sharded, part))
+        answer["spans"] = profiled(place.rank, functools.partial(train_step, sharded, part))
     del sharded, module
     if place.rank == 0:
         sharded_run = (outputs, losses, weights)
