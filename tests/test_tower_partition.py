@@ -108,12 +108,12 @@ def test_hundreds_of_tables(n: int) -> None:
     """Planted groups under noise, with resources that bind; the rival balances sizes only."""
     gain, group = planted(n, 16, 1.5, 0)
     problem, start = stated(gain, np.ones((n, 1)), 16, 0.05)
-    begun = time.monotonic()
+    begun = time.process_time()
     found = partition(problem, start)
-    assert time.monotonic() - begun < 60  # 30 s on two quiet cores
+    assert time.process_time() - begun < 45  # of a core; 30 s on two quiet ones
     assert rand_index(found.tower, group) >= 0.95
     assert found.value <= found.bound
-    assert 1 - found.value / found.bound < 0.25
+    assert 1 - found.value / found.bound < (0.01 if n < 500 else 0.05)
     if n < 500:
         again = partition(problem, start)
         assert (again.tower == found.tower).all()
