@@ -52,8 +52,8 @@ def emit_accelerate(plan: Plan) -> Emission:
             "fsdp_state_dict_type": "SHARDED_STATE_DICT",
         },
         "parallelism_config": {
-            "parallelism_config_dp_replicate_size": 1,
-            "parallelism_config_dp_shard_size": layout.data,
+            "parallelism_config_dp_replicate_size": layout.replicate,
+            "parallelism_config_dp_shard_size": layout.data // layout.replicate,
             "parallelism_config_tp_size": layout.tensor,
             "parallelism_config_cp_size": layout.context,
             "parallelism_config_cp_backend": "torch",

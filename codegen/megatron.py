@@ -94,14 +94,19 @@ def _batch(layout: Layout, fed: LlmWorkload) -> list[tuple[str, ...]]:
 def _sharding(layout: Layout) -> list[tuple[str, ...]]:
     if layout.replicas == 1:
         return []
+    copies: list[tuple[str, ...]] = []
+    if layout.replicate > 1:
+        copies.append(("--num-distributed-optimizer-instances", str(layout.replicate)))
     if layout.zero == 1:
         return [
+            *copies,
             ("--use-distributed-optimizer",),
             ("--overlap-grad-reduce",),
             ("--overlap-param-gather",),
         ]
     strategy = {2: "optim_grads", 3: "optim_grads_params"}[layout.zero]
     return [
+        *copies,
         ("--use-megatron-fsdp",),
         ("--use-distributed-optimizer",),
         ("--overlap-grad-reduce",),

@@ -86,8 +86,8 @@ def training_values(layout: Layout, fed: LlmWorkload) -> dict[str, object]:
 
 def _parallelism(layout: Layout) -> dict[str, object]:
     return {
-        "data_parallel_replicate_degree": 1,
-        "data_parallel_shard_degree": layout.data,
+        "data_parallel_replicate_degree": layout.replicate,
+        "data_parallel_shard_degree": layout.data // layout.replicate,
         "fsdp_reshard_after_forward": "always" if layout.zero == 3 else "never",
         "tensor_parallel_degree": layout.tensor,
         "context_parallel_degree": layout.context,

@@ -67,8 +67,8 @@ def emit_torchtitan_python(plan: Plan) -> Emission:
 def _parallelism(made: Parallelism, schedule: str) -> dict[str, object]:
     layout: Layout = made.layout
     values: dict[str, object] = {
-        "data_parallel_replicate_degree": 1,
-        "data_parallel_shard_degree": layout.data,
+        "data_parallel_replicate_degree": layout.replicate,
+        "data_parallel_shard_degree": layout.data // layout.replicate,
         "fsdp_reshard_after_forward": "always" if layout.zero == 3 else "never",
         "tensor_parallel_degree": layout.tensor,
         "enable_sequence_parallel": True,

@@ -13,7 +13,8 @@ tensor             4 collectives (2 all-gather, 2 reduce-scatter) of n h e bytes
 context            all-gather of keys and values, b s 2k/t e bytes, forward and again backward, and the
                    reduce-scatter of their fp32 gradients, exposed (as Llama 3 runs it, section 3.3.2)
 data               all-gather of weights of e bytes, reduce-scatter of fp32 gradients over context x data ranks;
-                   hidden behind compute except the first and the last unit and what outlasts the compute
+                   hidden behind compute except the first and the last unit and what outlasts the compute. With
+                   hybrid sharding over the shards of one copy, and an all-reduce of the shard over the copies
 ================== =========================================================================================
 
 Sources: Llama 3 (arXiv 2407.21783, section 3.3), Megatron-LM's sequence parallelism (arXiv 2205.05198),
@@ -253,11 +254,18 @@ def data_seconds(
     if layout.replicas == 1:
         return DataSeconds(0.0, 0.0)
     stride = layout.tensor * layout.context * layout.pipeline
-    over = training.ring((layout.context, layout.tensor), (layout.data, stride))
+    inner = layout.data // layout.replicate
+    over = training.ring((layout.context, layout.tensor), (inner, stride))
+    copies = training.ring((layout.replicate, stride * inner))
     item = nbytes(training.dtype)  # weights are gathered in the type they are computed in
     unit = min(chunk_params, training.shape.layer_params / layout.tensor)
-    gather, scatter = over.gather(chunk_params * item), over.gather(chunk_params * FP32_BYTES)
-    first, last = over.gather(unit * item), over.gather(unit * FP32_BYTES)
+
+    def reduced(params: float) -> float:
+        size = params * FP32_BYTES
+        return over.gather(size) + 2 * copies.gather(size / layout.shards)
+
+    gather, scatter = over.gather(chunk_params * item), reduced(chunk_params)
+    first, last = over.gather(unit * item), reduced(unit)
     stages, length = layout.virtual_stages, run_length(layout)
     runs = layout.micro_batches // length if layout.zero >= 2 else 1
     back = window.backward + window.weight

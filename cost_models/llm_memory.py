@@ -18,9 +18,9 @@ gradient holds the inputs and the output gradients of the GEMMs: 4 h + 2 q + 2 k
 ========== ============================= ==================== =====================================
 ZeRO       weights, e bytes each         gradients, 4 bytes   optimizer, 4 + state bytes
 ========== ============================= ==================== =====================================
-1          all                           all                  1 / replicas
-2          all                           1 / replicas + 2 u   1 / replicas
-3          1 / replicas + 2 u            1 / replicas + 2 u   1 / replicas
+1          all                           all                  1 / shards
+2          all                           1 / shards + 2 u     1 / shards
+3          1 / shards + 2 u              1 / shards + 2 u     1 / shards
 ========== ============================= ==================== =====================================
 
 u is the unit that is gathered or scattered as a whole: a chunk of a virtual stage, else a layer. Gradients
@@ -77,7 +77,7 @@ def stage_memory(
     """Bytes by purpose on each device of one pipeline rank; ``stages`` is [rank][chunk] layers."""
     shape, own = training.shape, stages[rank]
     params = stage_params(training, layout, sum(own), rank)
-    shared = params / layout.replicas
+    shared = params / layout.shards
     if layout.virtual_stages > 1:
         unit = max(own) * shape.layer_params / layout.tensor
     else:

@@ -66,7 +66,7 @@ def step_cost(training: Training, layout: Layout, stages: Stages) -> StepCost:
     )
     window = _scaled(layer.window(layout.recompute), most)
     exchange = data_seconds(training, layout, chunk_params, window)
-    shard = max(params) / layout.replicas
+    shard = max(params) / layout.shards
     state = FP32_BYTES + training.state_bytes
     update = stream_seconds(
         (state + FP32_BYTES) * shard,

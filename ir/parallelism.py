@@ -3,7 +3,8 @@
 Rank ``r`` has the coordinates of a mixed-radix number, innermost first: tensor, context, pipeline, data
 (the order of Llama 3, arXiv 2407.21783, section 3.3.2), so tensor-parallel groups are neighbours and
 data-parallel groups are spread widest. Optimizer state, and gradients and weights as far as the ZeRO level
-says, are sharded over context x data, whose ranks hold the same weights.
+says, are sharded over context x data, whose ranks hold the same weights; with ``replicate`` R over context and
+the inner data / R data ranks only, and the R groups add up their shards' gradients (hybrid sharding).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class ParallelismConstraints:
     schedules: Annotated[tuple[Schedule, ...], Field(min_length=1)] | None = None
     recompute: Annotated[tuple[Recompute, ...], Field(min_length=1)] | None = None
     zero: Annotated[tuple[Zero, ...], Field(min_length=1)] | None = None
+    replicate: Degree | None = None  # groups that each hold a whole copy; 1 shards over all
     alternatives: Annotated[int, Field(ge=1, le=50)] = 5  # layouts to rank, the chosen one included
 
 
@@ -70,6 +72,7 @@ class Layout:
     recompute: Recompute
     zero: Zero  # 1 shards optimizer state, 2 also gradients, 3 also weights
     slots: Degree  # layers that the fullest pipeline rank may hold
+    replicate: Degree = 1  # groups of data ranks that each hold a whole copy of the sharded state
 
     @property
     def label(self) -> str:
@@ -80,8 +83,9 @@ class Layout:
     def details(self) -> str:
         """The rest in one phrase."""
         chunks = f" V={self.virtual_stages} N={self.contiguous}" if self.virtual_stages > 1 else ""
+        copies = f" in {self.replicate} copies" if self.replicate > 1 else ""
         return (
-            f"{self.schedule}{chunks}, {self.micro_batches} x {self.micro_batch} sequences, ZeRO-{self.zero}, "
+            f"{self.schedule}{chunks}, {self.micro_batches} x {self.micro_batch} sequences, ZeRO-{self.zero}{copies}, "
             f"recompute {self.recompute}"
         )
 
@@ -94,6 +98,11 @@ class Layout:
     def replicas(self) -> int:
         """Ranks that hold the same weights: context x data."""
         return self.context * self.data
+
+    @property
+    def shards(self) -> int:
+        """Ranks that the state of one copy is sharded over."""
+        return self.context * self.data // self.replicate
 
     @property
     def sequence_parallel(self) -> bool:

@@ -11,12 +11,15 @@ Rules, each with the name that errors use:
     batch          data x micro_batch divides the sequences of a step
     schedule       virtual stages divide a rank's layer slots and need an interleaved schedule; N is the
                    pipeline, twice it or all micro-batches, and divides them
+    replicate      divides the data ranks. Left free, the state is sharded over all of them, or over those
+                   within one domain of a level of the topology (hybrid sharding), which is where it can pay
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import product
 
 from ir.decoder import DecoderShape
 from ir.parallelism import RECOMPUTE, SCHEDULES, Layout, ParallelismConstraints, Schedule, Zero
@@ -61,15 +64,29 @@ def tensor_fits(shape: DecoderShape, tensor: int) -> bool:
     return shape.heads % tensor == 0 and shape.ffn % tensor == 0 and shared
 
 
+def copies(made: Degrees, rules: ParallelismConstraints, domains: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of copies of the sharded state to try; ``domains``: ranks of a domain of each level."""
+    tensor, context, pipeline, data, _ = made
+    if rules.replicate is not None:
+        return (rules.replicate,) if data % rules.replicate == 0 else ()
+    stride = tensor * context * pipeline
+    inside = {min(data, size // stride) for size in domains if size >= stride}
+    return tuple(sorted({1, *(data // m for m in inside if data % m == 0 and context * m > 1)}))
+
+
 def layouts(
-    shape: DecoderShape, sequences: int, made: Degrees, rules: ParallelismConstraints
+    shape: DecoderShape,
+    sequences: int,
+    made: Degrees,
+    rules: ParallelismConstraints,
+    replications: tuple[int, ...] = (1,),
 ) -> Iterator[Layout]:
     """Every legal layout of the degrees."""
     tensor, context, pipeline, data, micro_batch = made
     count = sequences // (data * micro_batch)
     for schedule, stages, run, slots in _schedules(shape.layers, pipeline, count, *_choices(rules)):
         for recompute in rules.recompute or RECOMPUTE:
-            for zero in rules.zero or ZERO:
+            for zero, replicate in product(rules.zero or ZERO, replications):
                 yield Layout(
                     tensor=tensor,
                     context=context,
@@ -83,13 +100,20 @@ def layouts(
                     recompute=recompute,
                     zero=zero,
                     slots=slots,
+                    replicate=replicate,
                 )
 
 
-def count_layouts(shape: DecoderShape, sequences: int, made: Degrees, rules: ParallelismConstraints) -> int:
+def count_layouts(
+    shape: DecoderShape,
+    sequences: int,
+    made: Degrees,
+    rules: ParallelismConstraints,
+    replications: tuple[int, ...] = (1,),
+) -> int:
     """How many :func:`layouts` there are, without making them."""
     schedules = _schedules(shape.layers, made[2], sequences // (made[3] * made[4]), *_choices(rules))
-    return len(schedules) * len(rules.recompute or RECOMPUTE) * len(rules.zero or ZERO)
+    return len(schedules) * len(rules.recompute or RECOMPUTE) * len(rules.zero or ZERO) * len(replications)
 
 
 def _choices(rules: ParallelismConstraints) -> tuple[tuple[Schedule, ...], int | None, int | None]:

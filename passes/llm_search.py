@@ -18,7 +18,7 @@ from cost_models.llm_step import StepCost, step_bound, step_cost, work_bound
 from ir.errors import InfeasibleError
 from ir.parallelism import RECOMPUTE, Layout, ParallelismConstraints, SearchReport
 from ir.units import format_bytes
-from passes.llm_layouts import Degrees, count_layouts, degrees, head_layers, layouts, stage_layers
+from passes.llm_layouts import Degrees, copies, count_layouts, degrees, head_layers, layouts, stage_layers
 
 Stages = tuple[tuple[int, ...], ...]
 
@@ -114,12 +114,13 @@ def _visit(
     made: Degrees,
 ) -> None:
     """Rank what is worth ranking of one product of degrees and micro-batch."""
-    count = count_layouts(training.shape, training.sequences, made, rules)
+    replications = copies(made, rules, _domains(training))
+    count = count_layouts(training.shape, training.sequences, made, rules, replications)
     board.legal += count
     if bound >= board.threshold(made):
         board.cut += count
         return
-    found = list(layouts(training.shape, training.sequences, made, rules))
+    found = list(layouts(training.shape, training.sequences, made, rules, replications))
     layer = training.layer(made[0], made[1], made[4])
     one = {name: layer.chunk(name) for name in RECOMPUTE}
     timed = sorted(
@@ -138,6 +139,15 @@ def _visit(
             continue
         board.evaluated += 1
         board.add(Candidate(layout, stages, step_cost(training, layout, stages), memory))
+
+
+def _domains(training: Training) -> tuple[int, ...]:
+    """Ranks of a domain of each level but the last, which holds all."""
+    sizes, size = [], 1
+    for level in training.topology.levels[:-1]:
+        size *= level.fanout
+        sizes.append(size)
+    return tuple(sizes)
 
 
 def _stages(training: Training, layout: Layout) -> Stages:

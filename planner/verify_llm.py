@@ -45,6 +45,8 @@ def _degrees(plan: Plan, made: Parallelism, fed: LlmWorkload) -> Iterator[str]:
     halves = 2 * layout.context if layout.context > 1 else 1
     if fed.sequence % halves or fed.sequence // layout.context % layout.tensor:
         yield f"{fed.sequence} tokens cannot be split over context {layout.context} and tensor {layout.tensor}"
+    if layout.data % layout.replicate:
+        yield f"{layout.replicate} copies do not divide {layout.data} data ranks"
     sequences = layout.data * layout.micro_batches * layout.micro_batch
     if sequences * fed.sequence != fed.global_tokens:
         yield f"{sequences} sequences of {fed.sequence} tokens are not {fed.global_tokens} tokens"
@@ -113,7 +115,7 @@ def check_parallel_memory(plan: Plan) -> Iterator[str]:
 def _stage_bytes(plan: Plan, made: Parallelism, stage: int) -> float:
     layout, model = made.layout, made.model
     fed = plan.workload.llm or LlmWorkload()
-    item, copies = _ITEM[fed.dtype], layout.context * layout.data
+    item, copies = _ITEM[fed.dtype], layout.context * layout.data / layout.replicate
     matrices = sum(made.stages[stage]) * model.layer_matrices
     matrices += (
         model.vocab * model.hidden * ((stage == 0) + (stage == layout.pipeline - 1 and not model.tied))

@@ -13,14 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cost_models.calibration import GPU
-from cost_models.llm import LLM_GPU, Training, kv_width
+from cost_models.llm import LLM_GPU, Training, data_seconds, kv_width
 from cost_models.llm_memory import layer_activation, stage_memory
 from cost_models.llm_network import ring
 from cost_models.llm_step import step_bound, step_cost, work_bound
+from cost_models.pipeline import ChunkSeconds
 from ir.decoder import DecoderShape
 from ir.parallelism import Layout, ParallelismConstraints
 from ir.topology import Level, Link, Topology
-from passes.llm_layouts import degrees, head_layers, layouts, stage_layers
+from passes.llm_layouts import degrees, divisors, head_layers, layouts, stage_layers
 from passes.llm_search import fits, search
 from planner.presets import preset
 
@@ -200,13 +201,40 @@ def test_zero_levels_shard_what_they_say(rank: int) -> None:
     assert three["weights"] < two["weights"] / 2
 
 
+def test_hybrid_sharding_by_hand() -> None:
+    """Four copies over four hosts: gathers stay in the host, an all-reduce of the shard crosses them."""
+    problem = training(B8, "h100-4x8", 8192, 8192 * 64)
+    one = Layout(1, 1, 1, 32, 1, 2, "1f1b", 1, 1, "full", 3, 32)
+    four = replace(one, replicate=4)
+    assert (one.shards, four.shards) == (32, 8)
+    idle = ChunkSeconds(0.0, 0.0, 0.0)  # nothing hides
+    params = problem.shape.layer_params * 32.0
+    inside, across, whole = problem.ring((8, 1)), problem.ring((4, 8)), problem.ring((32, 1))
+
+    def exposed(made: Layout) -> float:
+        return data_seconds(problem, made, params, idle).exposed
+
+    def runs(gather: float, scatter: float) -> float:
+        return 2 * (
+            2 * gather + scatter
+        )  # two micro-batches, each: gathered forward and backward, then scattered
+
+    reduce = inside.gather(4 * params) + 2 * across.gather(4 * params / 8)
+    assert exposed(four) == pytest.approx(runs(inside.gather(2 * params), reduce))
+    assert exposed(one) == pytest.approx(runs(whole.gather(2 * params), whole.gather(4 * params)))
+    held = [stage_memory(problem, made, ((32,),), 0) for made in (one, four)]
+    assert held[1]["optimizer"] == pytest.approx(4 * held[0]["optimizer"], rel=1e-6)
+    assert held[1]["activations"] == held[0]["activations"]
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Training, Layout]:
     shape = replace(B8, layers=draw(st.sampled_from([4, 6, 9])))
     problem = training(shape, draw(st.sampled_from(["h100-1x8", "h100-4x8"])), 2048, 2048 * 64)
     rules = ParallelismConstraints()
     made = draw(st.sampled_from(list(degrees(shape, 2048, 64, problem.topology.world_size, rules))))
-    return problem, draw(st.sampled_from(list(layouts(shape, 64, made, rules))))
+    copies_of_state = draw(st.sampled_from(divisors(made[3])))
+    return problem, draw(st.sampled_from(list(layouts(shape, 64, made, rules, (copies_of_state,)))))
 
 
 LIGHT_LAST_CHUNK = Layout(4, 1, 4, 2, 16, 2, "zero_bubble", 1, 1, "none", 1, 2)  # once above its step
@@ -238,7 +266,11 @@ def test_search_finds_what_pricing_every_layout_finds(limit: int) -> None:
     best: dict[str, float] = {}
     count = 0
     for made in degrees(shape, 4096, 32, 16, rules):
-        for layout in layouts(shape, 32, made, rules):
+        # two hosts of eight: besides one copy, those whose shards lie in a host
+        stride = made[0] * made[1] * made[2]
+        inside = min(made[3], 8 // stride) if stride <= 8 else 0
+        hybrid = {made[3] // inside} if inside and made[3] % inside == 0 and made[1] * inside > 1 else set()
+        for layout in layouts(shape, 32, made, rules, tuple(sorted({1, *hybrid}))):
             count += 1
             stages = stage_layers(6, layout.pipeline, layout.virtual_stages, layout.slots, head_layers(shape))
             if fits(problem, layout, stages, limit) is not None:

@@ -115,6 +115,7 @@ def lighter(plan: Plan) -> Plan:
         (with_layout(tensor=3), "parallelism", "needs"),
         (with_layout(tensor=64, data=1), "parallelism", "does not divide 32 heads"),
         (with_layout(context=16384), "parallelism", "cannot be split over context"),
+        (with_layout(replicate=3), "parallelism", "3 copies do not divide"),
         (with_layout(micro_batches=7), "parallelism", "sequences of 8192 tokens are not"),
         (with_layout(contiguous=3), "parallelism", "N=3 must divide"),
         (with_layout(schedule="1f1b"), "parallelism", "one chunk a rank"),

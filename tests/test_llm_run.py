@@ -49,6 +49,7 @@ FOUR = {
     "pipeline x data": Rules(
         pipeline=2, data=2, virtual_stages=3, schedules=("interleaved_1f1b",), zero=(2,), recompute=("full",)
     ),
+    "copies x shards": Rules(data=4, replicate=2, zero=(2,), micro_batch=1),
     "context x data": Rules(context=2, data=2, zero=(1,), micro_batch=1),
     "tensor x context": Rules(tensor=2, context=2, recompute=("elementwise",)),
     "context x pipeline": Rules(context=2, pipeline=2, schedules=("gpipe",)),

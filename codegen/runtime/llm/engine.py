@@ -7,7 +7,8 @@ tensor       DTensor, sequence parallel, loss split over the vocabulary
 context      ring attention (pass-KV), 2N chunks
 pipeline     ``torch.distributed.pipelining``; GPipe, 1F1B, interleaved 1F1B, interleaved zero bubble
 data         FSDP2 over context x data: ZeRO-3 frees weights after the forward pass, ZeRO-2 keeps them,
-             ZeRO-1 also sums gradients of a step's micro-batches before it scatters them
+             ZeRO-1 also sums gradients of a step's micro-batches before it scatters them; with several copies
+             (hybrid sharding) over the shards of one, gradients are then summed over the copies
 recompute    whole layers, or all of a layer but its matrix products ("elementwise")
 ============ ====================================================================================
 """
