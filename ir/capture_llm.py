@@ -50,7 +50,8 @@ def find_layers(model: nn.Module) -> str | None:
     if not heads:
         return None
     for path, module in modules.items():
-        outside = not any(head.startswith(f"{path}.") for head in heads)
+        # matrices of a layer may have the vocabulary's shape too
+        outside = not all(head.startswith(f"{path}.") for head in heads)
         if isinstance(module, nn.ModuleList) and len(module) and outside and _are_layers(module):
             return str(path)
     return None

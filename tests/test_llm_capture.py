@@ -99,6 +99,23 @@ def test_longer_sequences_scale_the_records() -> None:
         assert mine.out_shape == theirs.out_shape
 
 
+@pytest.mark.parametrize(("ffn", "vocab", "heads"), [(64, 64, 1), (96, 64, 4), (96, 96, 4)])
+def test_a_layer_may_have_matrices_of_the_vocabularys_shape(ffn: int, vocab: int, heads: int) -> None:
+    sizes = {
+        "layers": 2,
+        "hidden": 64,
+        "ffn": ffn,
+        "heads": heads,
+        "kv_heads": 1,
+        "vocab": vocab,
+        "sequence": 32,
+    }
+    module, _ = build_llama(**sizes, global_tokens=32)
+    shape = capture_decoder(module).shape
+    assert (shape.layers, shape.ffn, shape.vocab, shape.heads) == (2, ffn, vocab, heads)
+    assert shape.params == sum(p.numel() for p in module.parameters())
+
+
 def test_other_models_are_no_decoders() -> None:
     assert find_layers(build("dlrm-small").module) is None
     assert find_layers(nn.Sequential(nn.Linear(4, 4))) is None
