@@ -3,8 +3,11 @@
 A pruned layer is a smaller dense layer, not a masked one: its weight, its gradient and its optimizer
 state have only the units that are kept, so forward, backward and update cost what their sizes say.
 What a removed unit had learnt (weights and state) is kept aside at full size. When the unit comes back,
-its incoming weights and their state are those it left with; its outgoing weights are zero with fresh
-state, so the function of the model does not jump (as in Net2Net, Chen et al. 2016, arXiv 1511.05641).
+its incoming weights and their state are those it left with; its outgoing weights are zero,
+so the function of the model does not jump (as in Net2Net, Chen et al. 2016, arXiv 1511.05641). Their momentum is zero too,
+and their mean squares of gradients are those of the weights beside them: optimizers correct for a zero start by the
+number of steps, which a returning weight does not start anew, so that Adam (0.9, 0.999) would move it by 3.2 learning
+rates in its first step.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 from ir.errors import InputError
 from ir.growth import PrunedLayer
 
+# state of torch.optim's Adam, AdamW, Adagrad and RMSprop that adds up or averages squares of gradients
+SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"})
+
 
 @dataclass
 class _Store:
@@ -26,8 +32,12 @@ class _Store:
     value: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.value, *self.state.values()]
+    def renew(self, columns: Tensor, beside: Tensor) -> None:
+        """Start some columns at zero, their mean squares at the mean of those ``beside``."""
+        self.value[:, columns] = 0
+        for name, tensor in self.state.items():
+            known = tensor[:, beside].mean(1, keepdim=True) if name in SQUARES else 0
+            tensor[:, columns] = known
 
 
 class Resizer:
@@ -82,9 +92,8 @@ class Resizer:
         self._write_back()
         for i, now in enumerate(kept):
             back = now[~torch.isin(now, self.kept[i])]
-            for name in self.layers[i].consumers:
-                for tensor in self.stores[name]["weight"].tensors():
-                    tensor[:, back] = 0
+            for name in self.layers[i].consumers if len(back) else ():
+                self.stores[name]["weight"].renew(back, self.kept[i])
         self.kept = list(kept)
         self._take()
 
