@@ -316,7 +316,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after that long")
     parser.add_argument(
-        "--default-limit", type=float, default=1200.0, help="CPU seconds for the default planner (1200)"
+        "--default-limit", type=float, default=300.0, help="CPU seconds for the default planner (300)"
     )
     args = parser.parse_args()
     if args.ours_only and not args.resume:
