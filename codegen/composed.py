@@ -37,14 +37,15 @@ WIDE = "fp32"
 SPARE = 2.0  # distinct rows of a batch over the mean that the workload states: pooling factors vary
 
 
-def composes(plan: Plan) -> bool:
+def composes(plan: Plan, device: str = "cpu") -> bool:
     """Whether the plan needs :func:`composed_model`: no single runtime does all that it decides.
 
-    Towers with anything beside them, tables in tiers, or the compressed exchange beside deduplication or formats.
+    Towers with anything beside them, tables in tiers (on CPUs; TorchRec has them on GPUs), or the compressed exchange
+    beside deduplication or formats.
     """
     decided = plan.decisions
     towers = decided.towers is not None and decided.towers.applied
-    tiers = any(table.tiers is not None for table in plan.table_plans)
+    tiers = device == "cpu" and any(table.tiers is not None for table in plan.table_plans)
     others = [
         decided.dedup is not None and bool(decided.dedup.chosen),
         decided.formats is not None,
@@ -169,6 +170,7 @@ def composed_model(
     dense_optimizer: Optimizer | None = None,
     dense_lr: float | None = None,
     eps: float = 1e-8,
+    device: str = "cpu",
     kernel: str = "fused",
     storage: str | Path | None = None,
     batch_rows: int | None = None,
@@ -184,6 +186,7 @@ def composed_model(
         optimizer, lr: of the tables; default the workload's.
         dense_optimizer, dense_lr: of the rest; default the like of the tables'.
         eps: of Adagrad and Adam.
+        device: "cpu".
         kernel: "fused": FBGEMM for float32 tables in memory; "rows": this project's rows for all.
         storage: folder for the files of tables in memory tiers; each shard has a folder of its own below it.
         batch_rows: most distinct rows of a table in a global batch, which tiers' caches must hold; default twice what
@@ -212,6 +215,10 @@ def composed_model(
     why = refused(plan)
     if why:
         raise InputError(f"the plan of {plan.model.name!r} cannot be run as one: {why}")
+    if device != "cpu":
+        raise InputError(
+            f"towers, codecs and tiers of one plan run together on CPUs, not on {device!r}; plan fewer of them for it"
+        )
     if kernel not in ("fused", "rows"):
         raise InputError(f"kernel must be 'fused' or 'rows', not {kernel!r}")
     group = process_group if process_group is not None else dist.group.WORLD

@@ -55,8 +55,8 @@ class Plan(ir.plan.Plan):
         ``DataType``; where the plan compresses exchanges by error-bounded codecs, by
         :func:`codegen.compressed.compressed_model`; where towers are applied, in tower form with the plan's
         tower modules (:func:`codegen.towers.tower_model`); where it joins several of towers, deduplication, codecs,
-        formats and tiers, by :func:`codegen.composed.composed_model`. Without one: in this process, in the plan's number formats
-        (:func:`codegen.formats.apply`). A decoder's training plan takes the default group
+        formats and tiers, by :func:`codegen.composed.composed_model`. Without one: in this process, in the plan's
+        number formats (:func:`codegen.formats.apply`). A decoder's training plan takes the default group
         (:func:`codegen.llm.parallel_model`).
         """
         if self.decisions.parallelism is not None:
@@ -69,7 +69,7 @@ class Plan(ir.plan.Plan):
             return apply(self, module, **kwargs)
         from codegen.composed import composed_model, composes
 
-        if composes(self):
+        if composes(self, kwargs.get("device", "cpu")):
             from planner.zoo.multi_tower import with_towers
 
             towers = self.decisions.towers
