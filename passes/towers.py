@@ -250,10 +250,10 @@ def _kept(
     return widths_within(measured, dims, request.accuracy_budget)
 
 
-
-    def __init__(
 class _Candidate:
     """The tower form of a program: its shards, and its step with and without modules."""
+
+    def __init__(
         self,
         program: Program,
         towers: tuple[Tower, ...],
@@ -322,10 +322,10 @@ def planned_reduction(
     return dense_reduction(communication(topology, calibration), decided.bucket_bytes, scheduled, algorithm)
 
 
-    request: TowerRequest,
-    towers: tuple[Tower, ...],
 def _decision(
     program: Program,
+    request: TowerRequest,
+    towers: tuple[Tower, ...],
     affinity: Affinity | None,
     lost: float | None,
     sample: PooledSample | None,
