@@ -51,8 +51,8 @@ class Masked:
     element whose gradient is masked to zero do not move it.
     """
 
-    def __init__(self, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, recover: bool) -> None:
+        self.model, self.optimizer, self.recover = model, optimizer, recover
         self.active = [torch.ones(12, dtype=torch.bool), torch.ones(10, dtype=torch.bool)]
 
     def masks(self) -> dict[nn.Parameter, Tensor]:
@@ -71,7 +71,7 @@ class Masked:
         for active, now, weight in zip(self.active, kept, (model[2].weight, model[4].weight), strict=True):
             back = torch.zeros_like(active)
             back[now] = True
-            fresh = back & ~active
+            fresh = back & ~active & (not self.recover)
             with torch.no_grad():
                 weight[:, fresh] = 0
                 for key, value in self.optimizer.state[weight].items():
@@ -107,12 +107,15 @@ class Masked:
                             value.copy_(torch.where(mask, value, state.get(key, torch.zeros_like(value))))
 
 
+@pytest.mark.parametrize("recover", [True, False])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resized_model_trains_as_a_masked_one_with_the_same_optimizer_state(name: str) -> None:
+def test_a_resized_model_trains_as_a_masked_one_with_the_same_optimizer_state(
+    name: str, recover: bool
+) -> None:
     small, whole = network(), network()
     optimizer = OPTIMIZERS[name](small.parameters())
-    resizer = Resizer(small, LAYERS, optimizer)
-    masked = Masked(whole, OPTIMIZERS[name](whole.parameters()))
+    resizer = Resizer(small, LAYERS, optimizer, recover=recover)
+    masked = Masked(whole, OPTIMIZERS[name](whole.parameters()), recover)
     step = 0
     for counts in ((12, 10), (5, 4), (8, 9), (3, 9), (12, 10)):
         resizer.resize(counts)
@@ -140,7 +143,7 @@ def test_a_returning_weight_takes_no_longer_steps_than_those_beside_it() -> None
     """Adam moves a weight by about its rate; with a mean square of zero it would be 3.2 rates."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    resizer = Resizer(model, LAYERS, optimizer)
+    resizer = Resizer(model, LAYERS, optimizer, recover=False)
     train(model, optimizer, range(50))
     resizer.resize((4, 5))
     train(model, optimizer, range(50, 100))
@@ -152,9 +155,9 @@ def test_a_returning_weight_takes_no_longer_steps_than_those_beside_it() -> None
     assert 0 < float(moved.detach()[:, back].abs().max()) < 2 * 0.01
 
 
-def test_growth_does_not_change_the_function() -> None:
+def test_growth_without_recovery_does_not_change_the_function() -> None:
     model = network()
-    resizer = Resizer(model, LAYERS)
+    resizer = Resizer(model, LAYERS, recover=False)
     resizer.resize((4, 5))
     x, _ = batch(0)
     before = model(x)

@@ -24,11 +24,14 @@ class PhasedTraining:
         section: of a plan.
         model: unwrapped, at full size.
         optimizer: of its dense part.
+        recover: as in :class:`Resizer`.
     """
 
-    def __init__(self, section: Growth, model: nn.Module, optimizer: optim.Optimizer | None) -> None:
+    def __init__(
+        self, section: Growth, model: nn.Module, optimizer: optim.Optimizer | None, *, recover: bool = True
+    ) -> None:
         self.section = section
-        self.resizer = Resizer(model, section.layers, optimizer)
+        self.resizer = Resizer(model, section.layers, optimizer, recover=recover)
         self.phase = 0
         self._starts = [0]
         for phase in section.phases:

@@ -2,9 +2,9 @@
 
 A pruned layer is a smaller dense layer, not a masked one: its weight, its gradient and its optimizer
 state have only the units that are kept, so forward, backward and update cost what their sizes say.
-What a removed unit had learnt (weights and state) is kept aside at full size. When the unit comes back,
-its incoming weights and their state are those it left with; its outgoing weights are zero,
-so the function of the model does not jump (as in Net2Net, Chen et al. 2016, arXiv 1511.05641). Their momentum is zero too,
+What a removed unit had learnt (weights and state) is kept aside at full size. When the unit comes back it
+recovers all of that, or only its incoming weights. In the second case its outgoing weights are zero,
+so the function of the model does not jump (as in Net2Net, Chen et al. 2016, arXiv 1511.05641); their momentum is zero too,
 and their mean squares of gradients are those of the weights beside them: optimizers correct for a zero start by the
 number of steps, which a returning weight does not start anew, so that Adam (0.9, 0.999) would move it by 3.2 learning
 rates in its first step.
@@ -47,15 +47,21 @@ class Resizer:
         model: the whole model, at full size.
         layers: what may shrink; of a plan, ``plan.decisions.growth.layers``.
         optimizer: holds the parameters of those layers; None where there is none.
+        recover: a unit that returns reaches the layers above with the weights it left with; otherwise with zeros.
 
     Raises:
         InputError: a layer that the model does not have, or of another width.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[PrunedLayer], optimizer: torch.optim.Optimizer | None = None
+        self,
+        model: nn.Module,
+        layers: Sequence[PrunedLayer],
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        recover: bool = True,
     ) -> None:
-        self.layers, self.optimizer = tuple(layers), optimizer
+        self.layers, self.optimizer, self.recover = tuple(layers), optimizer, recover
         self.rows = {layer.producer: i for i, layer in enumerate(layers)}
         self.columns = {name: i for i, layer in enumerate(layers) for name in layer.consumers}
         self.modules = {name: _linear(model, name) for name in {**self.rows, **self.columns}}
@@ -92,7 +98,7 @@ class Resizer:
         self._write_back()
         for i, now in enumerate(kept):
             back = now[~torch.isin(now, self.kept[i])]
-            for name in self.layers[i].consumers if len(back) else ():
+            for name in self.layers[i].consumers if len(back) and not self.recover else ():
                 self.stores[name]["weight"].renew(back, self.kept[i])
         self.kept = list(kept)
         self._take()
