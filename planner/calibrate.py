@@ -49,6 +49,7 @@ STAGES = (
 )
 _DIGITS = 4  # significant digits written; repetitions differ in the second or third
 _CREDITS = tuple(1024 * 2 ** (step / 4) for step in range(45))  # 1 KiB to 2 MiB, four an octave
+_NEARBY = tuple(2 ** (step / 32) for step in range(-8, 9))  # factors of the best of those
 _LINE = 64  # bytes one access to CPU memory moves
 
 
@@ -83,11 +84,19 @@ def fit_link(points: Sequence[tuple[float, float]]) -> LinkFit:
     sizes = sorted({size for size, _ in points})
     if len(sizes) < 2:
         raise InputError("a link needs times of at least two message sizes; measure more sizes")
-    fits = [_fit_with_credit(points, credit) for credit in (0.0, *(c for c in _CREDITS if c < sizes[-2]))]
+    coarse = _best_fit(points, (0.0, *(c for c in _CREDITS if c < sizes[-2])))
+    if coarse is None:
+        raise InputError("the times of this link do not grow with the message size; measure larger messages")
+    fine = _best_fit(points, [c for c in (coarse.credit * near for near in _NEARBY) if c < sizes[-2]])
+    return fine or coarse
+
+
+def _best_fit(points: Sequence[tuple[float, float]], credits: Sequence[float]) -> LinkFit | None:
+    """The fit of least relative error; of equals the first."""
+    fits = [_fit_with_credit(points, credit) for credit in credits]
     found = [fit for fit in fits if fit is not None]
     if not found:
-        raise InputError("the times of this link do not grow with the message size; measure larger messages")
-    # the first of equals is the one with the least credit
+        return None
     return min(found, key=lambda fit: sum((fit.seconds(size) / time - 1) ** 2 for size, time in points))
 
 
