@@ -9,8 +9,9 @@ from cost_models.calibration import Calibration, default_calibration
 from cost_models.collective.planning import communication, dense_reduction
 from cost_models.dense_prices import sharded_dense
 from cost_models.embedding import phase_overheads
+from cost_models.exchanged import exchanged_bytes
 from cost_models.placed import rank_seconds, rank_tiers
-from cost_models.shared import framework_seconds, phase_seconds
+from cost_models.shared import collective_floors, framework_seconds, phase_seconds, staging_seconds
 from cost_models.step import DenseReduction, step_timeline
 from ir.plan import Assumption
 from ir.program import Program
@@ -35,7 +36,8 @@ class StepTimeline:
             for phase, seconds in rank_seconds(program.tables, topology, workload, calibration, mode).items()
         }
         overheads = phase_overheads(topology, workload, calibration, mode)
-        phases = {phase: seconds + overheads[phase] for phase, seconds in slowest.items()}
+        floors = collective_floors({table.sharding_type for table in program.tables}, calibration)
+        phases = {p: seconds + overheads[p] + floors.get(p, 0.0) for p, seconds in slowest.items()}
         phases = compressed_phases(phases, program.decisions.compression)
         timeline = step_timeline(
             program.model,
@@ -48,17 +50,26 @@ class StepTimeline:
             _fetch_seconds(program, calibration),
             sharded_dense(program.decisions.dense, topology, calibration, workload)
             or _reduction(program, calibration),
-            framework_seconds(len(program.tables), _exchange_types(program), calibration),
+            _host_seconds(program, calibration),
         )
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
 
 
-def _exchange_types(program: Program) -> int:
-    """Sharding types that each have exchanges of their own."""
+def _host_seconds(program: Program, calibration: Calibration) -> float:
+    """Seconds of the framework, and on a CPU of its copies of what is exchanged."""
+    tables, topology = program.tables or (), program.topology
     section = program.decisions.compression
-    if section is not None and section.engine == "exchange" and any(e.used for e in section.exchanges):
-        return 1  # one exchange for whatever it runs
-    return len({table.sharding_type for table in program.tables or ()} - {"data_parallel"})
+    compressed = (
+        section is not None and section.engine == "exchange" and any(e.used for e in section.exchanges)
+    )
+    types = len({table.sharding_type for table in tables} - {"data_parallel"})
+    seconds = framework_seconds(len(tables), types, calibration, compressed)
+    if topology.device.kind != "cpu" or topology.world_size == 1:
+        return seconds
+    moved = exchanged_bytes(tables, topology, program.workload)
+    vectors = sum(size for (phase, _), size in moved.items() if phase == "output_dist")
+    ways = 2 if program.options.mode == "train" else 1
+    return seconds + staging_seconds(ways * vectors, topology.device.tiers[0].read_bandwidth, calibration)
 
 
 def _reduction(program: Program, calibration: Calibration) -> DenseReduction | None:

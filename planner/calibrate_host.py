@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cost_models.calibration import Calibration
 from cost_models.collective.planning import communication, dense_reduction
 from cost_models.collectives import Network, all_gather, all_reduce, network, reduce_scatter
 from cost_models.embedding import phase_overheads
+from cost_models.shared import collective_floors
 from ir.topology import Topology
 from ir.workload import Workload
 
@@ -43,9 +45,15 @@ def host_constants(record: Record, topology: Topology, found: Calibration) -> di
         factor = _factor(record, name, net, form)
         if factor is not None:
             constants[f"{name}_factor"] = factor
+    floor = _least(record, "all_to_all")
+    for name in ("reduce_scatter", "all_gather"):
+        constants[f"{name}_seconds"] = max(_least(record, name) - floor, 0.0)
+    gain = _one_way_gain(record)
+    if gain is not None:
+        constants["one_way_gain"] = gain
     trials = record.get("framework")
     if trials is not None:
-        constants |= _framework(trials, topology, found)
+        constants |= _framework(trials, topology, replace(found, **constants))
     return {
         name: value if isinstance(value, bool) else float(f"{value:.{_DIGITS}g}")
         for name, value in constants.items()
@@ -55,11 +63,30 @@ def host_constants(record: Record, topology: Topology, found: Calibration) -> di
 def _factor(record: Record, name: str, net: Network, form: Any) -> float | None:
     """Measured seconds of the largest buffer, its floor taken off, over those of the ring."""
     for level in ("inter", "intra"):
-        rows = [row for row in record["collectives"] if row["level"] == level and row["op"] == name]
+        rows = _rows(record, level, name)
         if len(rows) > 1:
             seconds = rows[-1]["seconds"] - rows[0]["seconds"]
             # below 1: rings that are faster than an all-to-all of the same link, which set its bandwidth
             return float(max(seconds, 0.1 * rows[-1]["seconds"]) / form(rows[-1]["bytes"], net))
+    return None
+
+
+def _least(record: Record, name: str) -> float:
+    """Seconds of the smallest such collective over all ranks; 0 where it was not measured."""
+    rows = _rows(record, "inter", name) or _rows(record, "intra", name)
+    return float(rows[0]["seconds"]) if len(rows) > 1 else 0.0
+
+
+def _rows(record: Record, level: str, name: str) -> list[Record]:
+    return [row for row in record["collectives"] if row["level"] == level and row["op"] == name]
+
+
+def _one_way_gain(record: Record) -> float | None:
+    """Share of an all-to-all's seconds saved when only half of the hosts send; None where it was not measured."""
+    for row in _rows(record, "inter", "one_way"):
+        both = [other for other in _rows(record, "inter", "all_to_all") if other["bytes"] == row["bytes"]]
+        if both:
+            return float(min(max(1 - row["seconds"] / both[0]["seconds"], 0.0), 0.9))
     return None
 
 
@@ -70,9 +97,22 @@ def _framework(trials: Record, topology: Topology, found: Calibration) -> dict[s
     known = sum(phase_overheads(topology, Workload(), found, "train").values())
     reduction = dense_reduction(communication(topology, found), found.bucket_bytes, False)
     known += sum(reduction.price(trials["dense_bytes"]).values())
-    table, group = max(table, 0.0), max(group, 0.0)
-    return {
+    floors = collective_floors(("row_wise",), found)  # of the second sharding type
+    table, group = max(table, 0.0), max(group - sum(floors.values()), 0.0)
+    constants = {
         "table_seconds": table,
         "group_seconds": group,
         "step_seconds": max(trials["few"] - trials["few_tables"] * table - known, 0.0),
     }
+    if "exchange_few" in trials:
+        spread = trials["many_tables"] - trials["few_tables"]
+        each = max((trials["exchange_many"] - trials["exchange_few"]) / spread, 0.0)
+        # two exchanges of sizes more than the phases of a step know
+        rest = (
+            trials["exchange_few"]
+            - trials["few_tables"] * each
+            - known
+            - 2 * network(topology, found).latency
+        )
+        constants |= {"exchange_seconds": max(rest, 0.0), "exchange_table_seconds": each}
+    return constants

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 import planner
 from cost_models.calibration import CPU
 from cost_models.collectives import all_gather, all_reduce, network, reduce_scatter
-from cost_models.shared import framework_seconds, shared_seconds
+from cost_models.shared import (
+    collective_floors,
+    exchange_seconds,
+    framework_seconds,
+    shared_seconds,
+    staging_seconds,
+)
 from ir.topology import Level, Link
 from planner.calibrate_host import card_sharing, host_constants
 
@@ -53,8 +59,23 @@ def test_an_idle_neighbour_leaves_its_card() -> None:
     assert shared_seconds(np.array([4.0, 0.0, 3.0, 3.0]), 2, 2.0) == 3.0  # the other host has more to send
 
 
+def test_a_card_that_only_sends_is_faster() -> None:
+    measured = replace(CPU, card_sharing=2.0, one_way_gain=0.2)
+    both, sends = np.array([4.0, 4.0, 4.0, 4.0]), np.array([4.0, 4.0, 0.0, 0.0])
+    assert exchange_seconds(both, 2, measured) == pytest.approx(4.0)
+    assert exchange_seconds(sends, 2, measured) == pytest.approx(3.2)
+    # the first host receives half of what it sends
+    assert exchange_seconds(np.array([4.0, 4.0, 2.0, 2.0]), 2, measured) == pytest.approx(4.0 * (1 - 0.2 / 2))
+
+
 def test_a_step_of_the_host() -> None:
     measured = replace(CPU, step_seconds=3e-3, table_seconds=2e-4, group_seconds=1e-3)
+    coded = replace(measured, exchange_seconds=5e-3, exchange_table_seconds=1e-3)
+    assert framework_seconds(8, 1, coded, compressed=True) == pytest.approx(13e-3)
+    assert framework_seconds(8, 3, coded) == framework_seconds(8, 3, measured)
+    assert set(collective_floors(("table_wise", "grid_shard"), coded)) == set()
+    # two directions of 1 MB in and out of a buffer at 4 of 8 GB/s: each copy reads and writes
+    assert staging_seconds(2e6, 8e9, replace(CPU, stream_efficiency=0.5)) == pytest.approx(2e-3)
     assert framework_seconds(8, 3, measured) == pytest.approx(3e-3 + 8 * 2e-4 + 2e-3)
     assert framework_seconds(8, 3, CPU) == 0.0
 
@@ -71,6 +92,8 @@ def record() -> dict[str, Any]:
     ):
         for of, took in ((1024, 1e-3), (size, 1e-3 + seconds)):
             rows.append({"op": name, "level": "inter", "ranks": 4, "bytes": of, "seconds": took})
+    for name, took in (("all_to_all", 0.1), ("one_way", 0.08)):
+        rows.append({"op": name, "level": "inter", "ranks": 4, "bytes": 1e6, "seconds": took})
     points = [{"bytes": 1e6, "seconds": 0.051}, {"bytes": 4e6, "seconds": 0.201}]
     return {
         "host_size": 2,
@@ -83,6 +106,8 @@ def record() -> dict[str, Any]:
             "many": 34e-3,
             "two_types": 37e-3,
             "dense_bytes": 644,
+            "exchange_few": 24e-3,
+            "exchange_many": 36e-3,
         },
     }
 
@@ -100,7 +125,13 @@ def test_constants_of_a_record() -> None:
     assert reduce_scatter(4e6, net) == pytest.approx(1.5 * ring, rel=1e-3)
     assert all_gather(4e6, net) == pytest.approx(3 * ring, rel=1e-3)
     assert found.table_seconds == pytest.approx(4e-3 / 8)
-    assert found.group_seconds == pytest.approx(3e-3)
+    # of 3 ms, the floors of a reduce-scatter and an all-gather are 2
+    assert (found.reduce_scatter_seconds, found.all_gather_seconds) == pytest.approx((1e-3, 1e-3))
+    assert found.group_seconds == pytest.approx(1e-3)
+    assert found.one_way_gain == pytest.approx(0.2)
+    assert found.exchange_table_seconds == pytest.approx(12e-3 / 8)
+    # 24 ms, of which tables are 3, collectives about 5, and the sizes of two exchanges 2
+    assert 0.012 < found.exchange_seconds < 0.0155
     # 30 ms, of which tables are 1 and five collectives with their floors about 5
     assert 0.02 < found.step_seconds < 0.0245
     assert not found.ids_ahead

@@ -12,9 +12,10 @@ lookup         pooled lookups of uniformly drawn rows, forward, and backward wit
 links          ping-pong between two ranks by message size, one way: seconds; flood: every rank sends to and receives from
                a rank of its own host (intra) or of the next host (inter) at once: bytes/s a rank, one direction
 collectives    all-to-all, all-reduce, reduce-scatter and all-gather by bytes of the whole buffer, in each host at once
-               (intra) and over all ranks (inter)
+               (intra) and over all ranks (inter); one_way: an all-to-all to which only the first half of the hosts send
 core_sharing   seconds of a product with all ranks at work over those of one rank alone
-framework      steps of TorchRec with hardly a byte in them (:mod:`codegen.runtime.measure_host`)
+framework      steps of TorchRec, and under the compressed exchange, with hardly a byte in them
+               (:mod:`codegen.runtime.measure_host`)
 =============  ==================================================================================================
 """
 
@@ -46,7 +47,8 @@ _FLOOD_SECONDS = 0.4  # aimed length of one flood repetition; long beside a link
 _FLOOD_BYTES = (
     8 * 2**20
 )  # the most a rank sends in one repetition over a fast link: the size of a large exchange
-_COLLECTIVE_BYTES = (1024, 65536, 2**20, 2**22)
+_COLLECTIVE_BYTES = (1024, 65536, 2**18, 2**20, 2**22)
+_ONE_WAY_BYTES = 2**20
 _SPAN = 0.05  # seconds that the repetitions of one measurement fill together
 _MOST_REPEATS = 40
 _SMALL = 4096  # bytes; messages up to this are timed in batches
@@ -327,7 +329,20 @@ def _collectives(rank: Rank, repeats: int) -> list[Record]:
         rows += _sweep("intra", hosts[rank.rank // size], size, repeats)
     if world > size:
         rows += _sweep("inter", dist.group.WORLD, world, repeats)
+        rows.append(_one_way(rank, repeats))
     return rows
+
+
+def _one_way(rank: Rank, repeats: int) -> Record:
+    """An all-to-all to which only the ranks of the first half of the hosts send."""
+    world = rank.world_size
+    senders = max(world // rank.host_size // 2, 1) * rank.host_size
+    part = _ONE_WAY_BYTES // 4 // world
+    sent = [part if rank.rank < senders else 0] * world
+    taken = [part if peer < senders else 0 for peer in range(world)]
+    given, into = torch.zeros(sum(sent)), torch.zeros(sum(taken))
+    seconds = _collective_time(partial(dist.all_to_all_single, into, given, taken, sent), None, repeats)
+    return {"op": "one_way", "level": "inter", "ranks": world, "bytes": 4 * part * world, "seconds": seconds}
 
 
 def _sweep(level: str, group: dist.ProcessGroup | None, ranks: int, repeats: int) -> list[Record]:

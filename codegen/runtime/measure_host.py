@@ -2,7 +2,8 @@
 
 :func:`core_sharing` times a product on one rank while the others wait and on all at once. :func:`framework` times
 steps of TorchRec with hardly a byte in them, so that what remains is Python, autograd and the number of
-collectives: two tables, ten tables, and ten tables under two sharding types.
+collectives: two tables, ten tables, and ten tables under two sharding types; then two and ten tables under the
+compressed exchange.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from codegen.runtime.launch import Rank
+from ir.compression import Decay, Direction
 from ir.sharding import row_blocks
 
 _SIZE = 512  # of the product; a millisecond or two, long beside a wake-up
@@ -64,6 +67,8 @@ def framework(rank: Rank, repeats: int) -> dict[str, Any] | None:
         "many": _trial(["table_wise"] * _MANY, rank),
         "two_types": _trial(["table_wise", "row_wise"] * (_MANY // 2), rank),
         "dense_bytes": 4 * _parameters(_MANY),
+        "exchange_few": _seconds(partial(_exchange_stepper, _FEW, rank)),
+        "exchange_many": _seconds(partial(_exchange_stepper, _MANY, rank)),
     }
 
 
@@ -73,9 +78,14 @@ def _parameters(tables: int) -> int:
 
 def _trial(kinds: Sequence[str], rank: Rank) -> float:
     """Median seconds of a training step over tables of these sharding types, on the slowest rank."""
+    return _seconds(partial(_stepper, kinds, rank))
+
+
+def _seconds(made: Callable[[], Callable[[], None]]) -> float:
+    """Median seconds on the slowest rank of the step that ``made`` makes."""
     seconds = []
     with torch.enable_grad():
-        step = _stepper(kinds, rank)
+        step = made()
         for _ in range(_WARM_UP + _STEPS):
             dist.barrier()
             start = time.perf_counter()
@@ -85,6 +95,54 @@ def _trial(kinds: Sequence[str], rank: Rank) -> float:
     slowest = torch.tensor(seconds[_WARM_UP:], dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return float(statistics.median(slowest.tolist()))
+
+
+def _exchange_stepper(tables: int, rank: Rank) -> Callable[[], None]:
+    """A training step whose vectors and gradients all travel under a codec."""
+    from torch import nn
+
+    from codegen.runtime.compressed_exchange import Piece, ShardedEmbeddings, average_gradients
+    from codegen.runtime.compressed_lookup import Update
+    from ir.compression import Compression, ExchangeCompression, TableCompression
+
+    pieces = [Piece(f"t{n}", _ROWS, (f"f{n}",), "sum", n % rank.world_size, 0, _DIM) for n in range(tables)]
+    ways: tuple[Direction, ...] = ("forward", "backward")
+    section = Compression(
+        "exchange",
+        Decay(),
+        tuple(
+            TableCompression(
+                table=piece.table,
+                direction=way,
+                codec="lz",
+                bound=0.0,
+                table_class="wide",
+                ratio=1.0,
+                error=0.0,
+                budget=0.0,
+                link=0.0,
+                coding=0.0,
+                uncompressed=0.0,
+                verdict="",
+            )
+            for piece in pieces
+            for way in ways
+        ),
+        tuple(ExchangeCompression(way, 0.0, 0.0, 0.0, used=True) for way in ways),
+    )
+    embeddings = ShardedEmbeddings(pieces, None, section, update=Update("sgd", 0.01))
+    top = nn.Linear(tables * _DIM, 1)
+    optimizer = torch.optim.SGD(top.parameters(), lr=0.01)
+    lengths = torch.ones(_SAMPLES, dtype=torch.int64)
+    ids = {f"f{n}": (torch.arange(_SAMPLES) % _ROWS, lengths) for n in range(tables)}
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        top(torch.cat(list(embeddings(ids).values()), dim=1)).mean().backward()
+        average_gradients(list(top.parameters()))
+        optimizer.step()
+
+    return step
 
 
 def _stepper(kinds: Sequence[str], rank: Rank) -> Callable[[], None]:
