@@ -191,6 +191,14 @@ def default_speeds(topology: Topology, calibration: Calibration) -> tuple[CodecS
     if topology.device.kind == "cpu":
         source = "benchmarks/codecs.py, one x86-64 core"
         return tuple(CodecSpeed(name, 1e6 * e, 1e6 * d, m, source) for name, (e, d, m) in _CPU_SPEEDS.items())
+    return library_speeds(topology, calibration)
+
+
+def library_speeds(topology: Topology, calibration: Calibration) -> tuple[CodecSpeed, ...]:
+    """Speeds of fixed-rate codecs that run as single kernels: casts and scales at memory bandwidth.
+
+    So run FBGEMM's of TorchRec's quantised communication, on CPUs too (``benchmarks/codecs.py``), mx4 excepted there.
+    """
     stream = calibration.stream_efficiency * topology.device.tiers[0].read_bandwidth
     source = "modelled: one pass at the memory bandwidth of element-wise kernels"
     found = []

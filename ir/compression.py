@@ -24,6 +24,7 @@ CodecName = Literal[
 ]
 Direction = Literal["forward", "backward"]
 Engine = Literal["exchange", "torchrec"]
+WantedEngine = Literal["exchange", "torchrec", "fastest"]
 TableClass = Literal["wide", "middle", "narrow"]
 
 PHASE_OF: dict[Direction, str] = {"forward": "output_dist", "backward": "gradient_dist"}
@@ -231,7 +232,7 @@ class CompressionRequest:
     gradient_budget: NotNegative = 1e-3
     format_error: dict[str, NotNegative] = field(default_factory=dict)
     codecs: Annotated[tuple[CodecName, ...], Field(min_length=1)] = tuple(CODECS)
-    engine: Engine = "exchange"  # "torchrec": one fixed-rate codec a direction, by TorchRec itself
+    engine: WantedEngine = "exchange"  # "torchrec": one fixed-rate codec a direction, by TorchRec itself
     decay: Decay = field(default_factory=Decay)
     ratio_margin: Annotated[float, Field(ge=0, lt=1)] = 0.15  # predicted ratios are trusted less this
 

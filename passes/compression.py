@@ -5,6 +5,8 @@ error bound^2 / 3 when errors are uniform); a table whose vectors fall together 
 gets a half or a quarter of it, since vectors that become one can no longer be told apart by the layers above.
 Iteration-wise: bounds start wider by the requested factor and decay to these.
 
+The engine "fastest" decides under both engines and keeps the one whose exchanges and host work last less.
+
 Each table takes the codec that ends its own exchange soonest: message on the link, encoding at its holder,
 decoding at a receiver. An exchange is compressed only if its slowest rank gains, the exchange of sizes
 included; ratios are trusted ``ratio_margin`` less than predicted.
@@ -19,13 +21,17 @@ from typing import ClassVar
 import numpy as np
 
 from cost_models.calibration import Calibration, default_calibration
-from cost_models.codecs import default_speeds, speed_of
+from cost_models.codecs import default_speeds, library_speeds, speed_of
 from cost_models.collectives import network
+from cost_models.shared import framework_seconds, phase_seconds, shared_seconds
 from ir.compression import (
+    PHASE_OF,
+    CodecName,
     CodecSpeed,
     Compression,
     CompressionRequest,
     Direction,
+    Engine,
     ExchangeCompression,
     TableClass,
     TableCompression,
@@ -36,6 +42,9 @@ from ir.plan import TablePlan
 from ir.program import Program
 from ir.sharding import ROW_SPLIT
 from passes.compression_choices import NONE, Choice, Traffic, choices_of, one_codec, traffic_of
+
+# TorchRec's quantised communication runs these as one kernel a direction
+_SINGLE_KERNEL: tuple[CodecName, ...] = ("fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +68,48 @@ class CompressionBounds:
             )
         _check_samples(request, program.tables)
         calibration = self.calibration or default_calibration(program.topology)
+        wanted: tuple[Engine, ...] = (
+            ("torchrec", "exchange") if request.engine == "fastest" else (request.engine,)
+        )
+        sections = [self._section(program, request, engine, calibration) for engine in wanted]
+        section = min(sections, key=lambda made: _seconds(program, made, calibration))
+        return replace(program, decisions=replace(program.decisions, compression=section))
+
+    def _section(
+        self, program: Program, request: CompressionRequest, engine: Engine, calibration: Calibration
+    ) -> Compression:
+        """Codecs and bounds under one engine."""
         speeds = request.speeds or default_speeds(program.topology, calibration)
         directions: tuple[Direction, ...] = (
             ("forward", "backward") if program.options.mode == "train" else ("forward",)
         )
-        refused = _refused(program) if request.engine == "exchange" else ""
+        refused = _refused(program) if engine == "exchange" else ""
         tables: list[TableCompression] = []
         exchanges: list[ExchangeCompression] = []
         for direction in directions:
             traffic = traffic_of(program, request, direction, calibration)
-            if request.engine == "torchrec":
-                decided, exchange = _uniform(program, request, speeds, direction, traffic)
+            if engine == "torchrec":
+                decided, exchange = _uniform(program, request, speeds, direction, traffic, calibration)
             elif refused:
-                decided, exchange = _uncompressed(direction, traffic, refused)
+                total = _uncompressed_seconds(program, direction, traffic, calibration)
+                decided, exchange = _uncompressed(direction, traffic, refused, total)
             else:
                 decided, exchange = _by_table(program, request, speeds, direction, traffic, calibration)
             tables += decided
             exchanges.append(exchange)
-        section = Compression(request.engine, request.decay, tuple(tables), tuple(exchanges))
-        return replace(program, decisions=replace(program.decisions, compression=section))
+        return Compression(engine, request.decay, tuple(tables), tuple(exchanges))
+
+
+def _seconds(program: Program, section: Compression, calibration: Calibration) -> float:
+    """What engines differ in: their exchanges, and the host's own work."""
+    used = [exchange for exchange in section.exchanges if exchange.used]
+    kept = [exchange.uncompressed for exchange in section.exchanges if not exchange.used]
+    tables = program.tables or ()
+    types = len({table.sharding_type for table in tables} - {"data_parallel"})
+    host = framework_seconds(
+        len(tables), types, calibration, compressed=bool(used) and section.engine == "exchange"
+    )
+    return sum(exchange.link + exchange.coding for exchange in used) + sum(kept) + host
 
 
 def _check_samples(request: CompressionRequest, tables: Sequence[TablePlan]) -> None:
@@ -128,29 +160,30 @@ def _by_table(
     for one, _, choice in picked:
         link += one.link * choice.factor
         coding += np.where(one.link > 0, choice.holder, choice.other)
-    before = _slowest(traffic, world)
     latency = network(program.topology, calibration).latency  # of the sizes that travel first
-    after = link + coding + latency
-    compressed = [choice.codec for _, _, choice in picked if choice.codec != "none"]
-    slow = int(np.argmax(after)) if world else 0
+    size = program.topology.host_size
     exchange = ExchangeCompression(
         direction,
-        uncompressed=before,
-        link=float(link[slow]),
-        coding=float(coding[slow]) + latency,
-        used=bool(compressed) and float(after.max(initial=0.0)) < before,
+        uncompressed=_uncompressed_seconds(program, direction, traffic, calibration),
+        link=phase_seconds(PHASE_OF[direction], link, size, calibration),
+        coding=shared_seconds(coding, size, calibration.core_sharing) + latency,
+        used=any(choice.codec != "none" for _, _, choice in picked),
     )
-    if compressed and not exchange.used:
-        why = f"the slowest rank would need {float(after.max()):.3g} s compressed and needs {before:.3g} s as it is"
-        return _uncompressed(direction, traffic, why)
+    after = exchange.link + exchange.coding
+    if exchange.used and after >= exchange.uncompressed:
+        why = f"the slowest rank would need {after:.3g} s compressed and needs {exchange.uncompressed:.3g} s as it is"
+        return _uncompressed(direction, traffic, why, exchange.uncompressed)
     return [_record(direction, *entry) for entry in picked], exchange
 
 
-def _slowest(traffic: Sequence[Traffic], world: int) -> float:
-    total = np.zeros(world)
+def _uncompressed_seconds(
+    program: Program, direction: Direction, traffic: Sequence[Traffic], calibration: Calibration
+) -> float:
+    """Seconds of the exchange as it is: the part of its phase that grows with what is sent."""
+    total = np.zeros(program.topology.world_size)
     for one in traffic:
         total += one.link
-    return float(total.max(initial=0.0))
+    return phase_seconds(PHASE_OF[direction], total, program.topology.host_size, calibration)
 
 
 def _record(
@@ -186,9 +219,8 @@ def _verdict(traffic: Traffic, choice: Choice, link: float) -> str:
 
 
 def _uncompressed(
-    direction: Direction, traffic: Sequence[Traffic], why: str
+    direction: Direction, traffic: Sequence[Traffic], why: str, total: float
 ) -> tuple[list[TableCompression], ExchangeCompression]:
-    total = _slowest(traffic, len(traffic[0].link) if traffic else 0)
     tables = [_record(direction, one, "narrow", NONE, why) for one in traffic]
     return tables, ExchangeCompression(direction, total, total, 0.0, used=False)
 
@@ -199,13 +231,15 @@ def _uniform(
     speeds: Sequence[CodecSpeed],
     direction: Direction,
     traffic: Sequence[Traffic],
+    calibration: Calibration,
 ) -> tuple[list[TableCompression], ExchangeCompression]:
     """One fixed-rate codec for all tables, as TorchRec has one configuration a sharder."""
-    before = _slowest(traffic, program.topology.world_size)
+    before = _uncompressed_seconds(program, direction, traffic, calibration)
+    library = library_speeds(program.topology, calibration)
     split = any(one.plan.sharding_type in ROW_SPLIT for one in traffic)
     best: tuple[float, list[Choice]] | None = None
     for codec in request.codecs:
-        speed = speed_of(speeds, codec)
+        speed = speed_of(library if codec in _SINGLE_KERNEL else speeds, codec)
         if codec == "none" or speed is None or torchrec_refuses(codec, program.topology.device.kind, split):
             continue
         choices = one_codec(program, codec, speed, traffic)
@@ -218,19 +252,20 @@ def _uniform(
             best = total, choices
     if best is None:
         return _uncompressed(
-            direction, traffic, "no codec that TorchRec runs here is within every table's budget"
+            direction, traffic, "no codec that TorchRec runs here is within every table's budget", before
         )
     link = np.zeros(program.topology.world_size)
     coding = 0.0
     for one, choice in zip(traffic, best[1], strict=True):
         link += one.link * choice.factor
         coding += choice.holder + choice.other
-    after = float(link.max(initial=0.0)) + coding
+    slowest = phase_seconds(PHASE_OF[direction], link, program.topology.host_size, calibration)
+    after = slowest + coding
     if after >= before:
         why = f"the slowest rank would need {after:.3g} s compressed and needs {before:.3g} s as it is"
-        return _uncompressed(direction, traffic, why)
+        return _uncompressed(direction, traffic, why, before)
     records = [_record(direction, one, "wide", c) for one, c in zip(traffic, best[1], strict=True)]
-    return records, ExchangeCompression(direction, before, float(link.max()), coding, used=True)
+    return records, ExchangeCompression(direction, before, slowest, coding, used=True)
 
 
 def compressed_phases(phases: dict[str, float], section: Compression | None) -> dict[str, float]:

@@ -130,13 +130,14 @@ class Choice:
     factor: float  # of the link seconds
     holder: float  # of coding on the rank that holds the table: one message a peer
     other: float  # of coding on any other rank: one message
+    peers: int  # other ranks
 
     def seconds(self, link: float) -> float:
-        """Of the table's own exchange."""
-        return link * self.factor + self.holder + self.other
+        """Of the table on its holder and of its messages on all others: what it adds to the ranks' work together."""
+        return link * self.factor + self.holder + self.peers * self.other
 
 
-NONE = Choice("none", 0.0, 1.0, 0.0, 1.0, 0.0, 0.0)
+NONE = Choice("none", 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0)
 
 
 def choices_of(
@@ -166,6 +167,7 @@ def choices_of(
                 error,
                 1.0 / trusted,
                 *_coding(traffic, speed, program.topology.world_size - 1),
+                program.topology.world_size - 1,
             )
         )
     return table_class, found
@@ -208,6 +210,7 @@ def one_codec(
                 1.0 / ratio,
                 share / speed.encode + speed.message / 2 / len(traffic),
                 share / speed.decode + speed.message / 2 / len(traffic),
+                1,
             )
         )
     return found

@@ -257,6 +257,24 @@ def test_torchrec_gets_one_fixed_rate_codec() -> None:
     assert {t.codec for t in section.tables} == {"fp16"}
 
 
+def test_the_fastest_engine_is_the_faster_of_both() -> None:
+    slow, quick = CodecSpeed("fp16", 5e7, 5e7, 1e-3, "test"), CodecSpeed("eb_lz", 1e10, 1e10, 1e-6, "test")
+    for speed, engine in ((slow, "torchrec"), (quick, "exchange")):
+        codecs: tuple[CodecName, ...] = ("none", "fp16", speed.codec)
+        made = {
+            asked: compiled(
+                2e7, engine=asked, codecs=codecs, speeds=(speed,), error_budget=1e-2
+            ).timeline.step
+            for asked in ("exchange", "torchrec", "fastest")
+        }
+        assert made["fastest"] == min(made.values())
+        section = compiled(
+            2e7, engine="fastest", codecs=codecs, speeds=(speed,), error_budget=1e-2
+        ).decisions.compression
+        assert section is not None
+        assert section.engine == engine
+
+
 def test_row_splits_are_left_uncompressed_with_the_reason() -> None:
     plan = compiled(1e7)
     rule = {"*": TableConstraint(sharding_types=("row_wise",))}
