@@ -131,6 +131,7 @@ def compressed_model(
     import torch.distributed as dist
 
     from codegen.runtime.compressed_exchange import ShardedEmbeddings, pieces_of
+    from codegen.runtime.compressed_lookup import Update
     from codegen.runtime.optimizers import dense_counterpart, make_optimizer
 
     group = process_group if process_group is not None else dist.group.WORLD
@@ -150,10 +151,11 @@ def compressed_model(
             weights,
             plan.decisions.compression,
             group=group,
+            update=Update(name, lr, eps),
         )
         made.append(sharded)
         _put(module, collection, _adapter(sharded, collection))
-    tables = [p for s in made for piece, p in s.held()]
+    tables = [p for s in made for _, p in s.held() if p.requires_grad]
     copied = [p for s in made for p in s.replicated()]
     inside = {id(p) for p in (*tables, *copied)}
     dense = [p for p in module.parameters() if id(p) not in inside and p.requires_grad]

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codegen.runtime.codecs import absolute_bound, decode_at, encode
-from codegen.runtime.codecs.frame import HEADER
+from codegen.runtime.codecs import absolute_bound, decode_at
+from codegen.runtime.codecs.frame import HEADER, capacity, encode_into
 from ir.compression import CodecName, codec_of
 from ir.errors import InputError
 
@@ -132,19 +132,16 @@ def _flat(outgoing: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[int]]:
 
 
 def _coded(outgoing: Sequence[Sequence[Tensor]], rules: Sequence[Sequence[Rule]]) -> tuple[Tensor, list[int]]:
-    frames: list[Any] = []
-    sizes = []
+    payload = np.empty(sum(capacity(matrix) for row in outgoing for matrix in row), np.uint8)
+    at, sizes = 0, []
     for matrices, how in zip(outgoing, rules, strict=True):
-        made = [_frame(matrix, rule) for matrix, rule in zip(matrices, how, strict=bool(matrices))]
-        sizes.append(sum(map(len, made)))
-        frames += made
-    joined = np.concatenate(frames) if frames else np.empty(0, np.uint8)
-    return torch.from_numpy(joined), sizes
-
-
-def _frame(matrix: Tensor, rule: Rule) -> Any:
-    bound = absolute_bound(matrix, rule.bound) if codec_of(rule.codec).bounded else 0.0
-    return encode(matrix, rule.codec, bound)
+        start = at
+        for matrix, rule in zip(matrices, how, strict=bool(matrices)):
+            x = matrix.detach().contiguous()  # once, for the bound and for the codec
+            bound = absolute_bound(x, rule.bound) if codec_of(rule.codec).bounded else 0.0
+            at += encode_into(payload[at:], x, rule.codec, bound)
+        sizes.append(at - start)
+    return torch.from_numpy(payload[:at]), sizes
 
 
 def _exchange_sizes(sizes: Sequence[int], expected: Sequence[Sequence[Shape]], group: Any) -> list[int]:

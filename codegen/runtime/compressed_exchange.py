@@ -6,8 +6,8 @@ blocks are held by one rank each (``table_wise``, ``column_wise``, ``table_colum
 all. TorchRec's own exchange cannot carry messages whose size depends on their content
 (``QuantizedCommCodec.calc_quantized_size`` sees only the number of elements), hence this module.
 
-A gradient is the mean over ranks of the ranks' gradients, as TorchRec and DDP make it; the owners' parameters
-take it from ``.grad`` like those of any module.
+A gradient is the mean over ranks of the ranks' gradients, as TorchRec and DDP make it. Tables under an
+:class:`Update` apply it in the backward pass; other owners' parameters take it from ``.grad`` like those of any module.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codegen.runtime.compressed_all_to_all import PLAIN, Exchange, Rule, Traffic
+from codegen.runtime.compressed_lookup import FusedTables, Ids, Update
 from ir.compression import Compression, Direction
 from ir.errors import InputError
 from ir.plan import EVERY_RANK, Plan, TablePlan
-
-Ids = tuple[Tensor, Tensor]  # ids, and how many of them each sample has
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +103,8 @@ class ShardedEmbeddings(nn.Module):
         compression: the plan's section; None exchanges float32.
         group: default: the default group.
         sparse: gradients of tables are sparse tensors.
+        update: of the pieces that this rank alone holds, where a fused kernel has it; their parameters then take
+            no gradient. None leaves all updates to the caller.
 
     ``step`` counts training steps for the decay of bounds; ``traffic`` counts the bytes sent (forward,
     backward).
@@ -117,6 +118,7 @@ class ShardedEmbeddings(nn.Module):
         *,
         group: Any = None,
         sparse: bool = False,
+        update: Update | None = None,
     ) -> None:
         super().__init__()
         self.group, self.sparse = group, sparse
@@ -135,6 +137,7 @@ class ShardedEmbeddings(nn.Module):
         self.weights = nn.ParameterDict(
             {p.key: _weight(p, weights) for p in (*self.by_rank[self.rank], *self.copies)}
         )
+        self._fused = self._fuse(update) if update is not None else ()
         self.compression = compression
         self.step = 0
         self.traffic = (Traffic(), Traffic())
@@ -147,9 +150,11 @@ class ShardedEmbeddings(nn.Module):
         *,
         group: Any = None,
         sparse: bool = False,
+        update: Update | None = None,
     ) -> ShardedEmbeddings:
         """The module that ``plan`` describes, under its compression section if it has one."""
-        return cls(pieces_of(plan), weights, plan.decisions.compression, group=group, sparse=sparse)
+        section = plan.decisions.compression
+        return cls(pieces_of(plan), weights, section, group=group, sparse=sparse, update=update)
 
     def forward(self, ids: Mapping[str, Ids]) -> dict[str, Tensor]:
         """Feature -> (samples, dim) of feature -> (ids, ids of each sample); see :meth:`start`."""
@@ -164,19 +169,37 @@ class ShardedEmbeddings(nn.Module):
         samples = _samples(ids, self.features)
         batches = self._exchange_ids(ids, samples)
         exchange = self._exchange(samples, [count for count, _ in batches])
-        outputs = [
-            [
-                self._bag(piece, *asked[feature])
-                for piece in self.by_rank[self.rank]
-                for feature in piece.features
-            ]
-            for _, asked in batches
-        ]
-        token = exchange.start(outputs)
+        token = exchange.start(self._look_up(batches))
         local = {f: self._bag(p, *ids[f]) for p in self.copies for f in p.features}
         if self.training:
             self.step += 1
         return Lookup(self, exchange, token, local)
+
+    def _fuse(self, update: Update) -> tuple[FusedTables, ...]:
+        """Move this rank's pieces into fused kernels, one a pooling mode."""
+        made = []
+        fit = [piece for piece in self.by_rank[self.rank] if update.fuses(piece.cols)]
+        for pooling in sorted({piece.pooling for piece in fit}):
+            pieces = [piece for piece in fit if piece.pooling == pooling]
+            made.append(FusedTables(pieces, update))
+            for piece, rows in zip(pieces, made[-1].weights, strict=True):
+                rows.copy_(self.weights[piece.key].detach())
+                self.weights[piece.key] = nn.Parameter(rows, requires_grad=False)
+        return tuple(made)
+
+    def _look_up(self, batches: Sequence[tuple[int, dict[str, Ids]]]) -> list[list[Tensor]]:
+        """Of each rank the vectors it asked for, ``[rank][n]``, in the order of pieces and their features."""
+        slots = [(piece, feature) for piece in self.by_rank[self.rank] for feature in piece.features]
+        found: list[dict[tuple[str, str], Tensor]] = [{} for _ in batches]
+        for tables in self._fused:
+            keys = [(piece.key, feature) for piece, feature in tables.slots]
+            for vectors, row in zip(found, tables(batches), strict=True):
+                vectors.update(zip(keys, row, strict=True))
+        for vectors, (_, asked) in zip(found, batches, strict=True):
+            for piece, feature in slots:
+                if (piece.key, feature) not in vectors:
+                    vectors[piece.key, feature] = self._bag(piece, *asked[feature])
+        return [[vectors[piece.key, feature] for piece, feature in slots] for vectors in found]
 
     def _bag(self, piece: Piece, ids: Tensor, lengths: Tensor) -> Tensor:
         offsets = torch.cumsum(lengths, 0) - lengths

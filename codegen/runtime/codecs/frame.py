@@ -45,11 +45,13 @@ def absolute_bound(x: Tensor, relative: float) -> float:
     A tensor of zeros has no scale: any bound serves, and the least is used.
     """
     values = x.detach().float().reshape(-1)
-    power = float(torch.linalg.vector_norm(values, dtype=torch.float32)) if len(values) else 0.0
-    if not (math.isfinite(power) and power > 1e-15):  # squares of float32 overflow, or vanish
+    count, flat = len(values), values.numpy()
+    with np.errstate(all="ignore"):
+        power = float(np.dot(flat, flat))
+    if not (math.isfinite(power) and power > 1e-30):  # squares of float32 overflow, or vanish
         values = values[torch.isfinite(values)].double()
-        power = float(torch.linalg.vector_norm(values)) if len(values) else 0.0
-    return min(max(relative * power / math.sqrt(max(len(values), 1)), MIN_BOUND), MAX_BOUND)
+        count, power = len(values), float(values.square().sum())
+    return min(max(relative * math.sqrt(power / max(count, 1)), MIN_BOUND), MAX_BOUND)
 
 
 def encode(x: Tensor, codec: str, bound: float = 0.0) -> Payload:
@@ -67,6 +69,17 @@ def encode(x: Tensor, codec: str, bound: float = 0.0) -> Payload:
     Raises:
         InputError: an unknown codec, a tensor of another shape or type, or a bound out of range.
     """
+    out = np.empty(capacity(x), np.uint8)
+    return out[: encode_into(out, x, codec, bound)]
+
+
+def capacity(x: Tensor) -> int:
+    """Bytes that a message of ``x`` takes at most."""
+    return HEADER.size + 4 * x.numel()
+
+
+def encode_into(out: Payload, x: Tensor, codec: str, bound: float = 0.0) -> int:
+    """As :func:`encode`, into the first bytes of ``out``, at least :func:`capacity` long; the message's length."""
     known = codec_of(codec)
     values = _matrix(x)
     if known.bounded and not MIN_BOUND <= bound <= MAX_BOUND:
@@ -76,12 +89,12 @@ def encode(x: Tensor, codec: str, bound: float = 0.0) -> Payload:
         )
     rows, dim = values.shape
     raw = values.nbytes
-    out = np.empty(HEADER.size + raw, np.uint8)
-    size = _body(values, known, bound, out[HEADER.size :]) if raw else None
+    room = out[HEADER.size : HEADER.size + raw]
+    size = _body(values, known, bound, room) if raw else None
     number = known.number if size is not None else 0
     if size is None:
         size = raw
-        out[HEADER.size :] = values.reshape(-1).view(np.uint8)
+        room[:] = values.reshape(-1).view(np.uint8)
     fields = (
         MAGIC,
         number,
@@ -93,7 +106,7 @@ def encode(x: Tensor, codec: str, bound: float = 0.0) -> Payload:
         size,
     )
     _seal(out, size, fields)
-    return out[: HEADER.size + size]
+    return HEADER.size + size
 
 
 def _seal(out: Payload, size: int, fields: tuple[Any, ...]) -> None:

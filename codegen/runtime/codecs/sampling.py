@@ -209,7 +209,7 @@ def measure_speeds(
     relative: float = 0.1,
     repeats: int = 3,
 ) -> tuple[CodecSpeed, ...]:
-    """Encode and decode speed of codecs on this machine, one thread as torch is set, on ``messages``.
+    """Encode and decode speed of codecs on this machine, bytes a processor second, on ``messages``.
 
     What a message costs beyond its bytes is the time of a single vector.
     """
@@ -233,15 +233,15 @@ def measure_speeds(
 
 
 def _seconds(messages: Messages, codec: CodecName, relative: float, repeats: int) -> tuple[float, float]:
-    """Least seconds of encoding and of decoding all messages."""
+    """Least processor seconds of encoding and of decoding all messages."""
     times = []
     for _ in range(repeats + 1):  # the first builds and warms up
-        start = time.perf_counter()
+        start = time.process_time()  # not the clock on the wall: other processes may have the core
         payloads = [
             encode(m, codec, absolute_bound(m, relative) if CODECS[codec].bounded else 0.0) for m in messages
         ]
-        between = time.perf_counter()
+        between = time.process_time()
         for payload, m in zip(payloads, messages, strict=True):
             decode(payload, *m.shape)
-        times.append((between - start, time.perf_counter() - between))
+        times.append((between - start, time.process_time() - between))
     return min(t[0] for t in times[1:]), min(t[1] for t in times[1:])
