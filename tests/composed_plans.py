@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +24,11 @@ CXL = MemoryTier("cxl", 2**34, 1e10, 1e10)
 SSD = MemoryTier("ssd", 2**40, 3e9, 1e9, granule=4096, iops=5e5)
 
 
-def entries() -> list[dict[str, Any]]:
+def entries(sizes: Mapping[str, int] = ROWS) -> list[dict[str, Any]]:
     """The tables as the zoo takes them; ``b`` has two features."""
     return [
         {"name": name, "rows": rows, "dim": DIM, "features": ["b1", "b2"] if name == "b" else [f"f_{name}"]}
-        for name, rows in ROWS.items()
+        for name, rows in sizes.items()
     ]
 
 
@@ -123,6 +124,6 @@ MODEL: dict[str, dict[str, Any]] = {
 }
 
 
-def options(model: str) -> dict[str, Any]:
+def options(model: str, sizes: Mapping[str, int] = ROWS) -> dict[str, Any]:
     """Arguments of the zoo's builder for a model over :func:`entries`."""
-    return {"tables": entries(), "row_cap": None, **MODEL[model]}
+    return {"tables": entries(sizes), "row_cap": None, **MODEL[model]}

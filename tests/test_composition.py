@@ -1,44 +1,105 @@
-"""All requests at once: one plan for a stacked-interaction model that decides everything and verifies."""
+"""All requests at once: one plan for a stacked-interaction model that decides everything, verifies, and runs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 import planner
+from cost_models.memory import dense_memory
 from ir.compression import CompressionRequest
 from ir.constraints import Constraints
-from ir.dedup import DedupPlan
 from ir.format_plan import FormatRequest
 from ir.growth import GrowthRequest
 from ir.sessions import SessionGroup, SessionStats
 from ir.tier_plan import TierRequest
+from ir.topology import Level
 from ir.towers import TowerRequest
-from planner.models import resolve
+from ir.workload import FeatureStats
 from planner.report import render_report
+from tests import composed_plans as plans
+from tests.plans import topology
+from tests.test_composed_run import EXACT, run
+
+BUDGET = 1e-6  # relative squared error: small enough for the first order to tell what codecs do to outputs
+SIZES = {**plans.ROWS, "d": 4096}
+LEFT_FOR_TABLES = 30_000  # bytes a rank; table d with its state takes 164 kB
 
 
-def test_formats_tiers_compression_towers_dedup_and_growth_in_one_plan() -> None:
-    resolved = resolve("wukong-small")
-    assert resolved.workload is not None
-    features = [feature for table in resolved.model.tables for feature in table.features]
-    sessions = SessionStats(16.5, (SessionGroup(tuple(features[:13]), 0.95),))
+@pytest.fixture(scope="module")
+def plan() -> planner.Plan:
+    """A small Wukong on two hosts with little memory and a slow link between them, everything asked for."""
+    from codegen.runtime.codecs.sampling import sample_traffic
+    from ir.capture import capture
+    from planner.zoo import build
+
+    made = build("wukong-small", device="cpu", **plans.options("wukong-small", SIZES))
+    features = [f for entry in plans.entries() for f in entry["features"]]
+    work = replace(
+        made.workload,
+        global_batch=32,
+        features={f: FeatureStats(6.0) for f in features},
+        sessions=SessionStats(8.0, (SessionGroup(("f_a", "f_c", "b1"), 1.0), SessionGroup(("f_d",), 1.0))),
+        optimizer="adagrad",
+    )
+    model = capture(made.module, name="wukong")
+    batches = [made.module.random_batch(8, work, seed) for seed in range(2)]  # type: ignore[operator]
+    samples = sample_traffic(made.module, batches, lambda model, b: model(*b[:2]).square().mean())
+    machine = topology(2, 2)
+    slow = replace(machine.levels[1].link, bandwidth=1e4)
+    machine = replace(
+        machine,
+        levels=(machine.levels[0], Level("cluster", 2, slow)),
+        host_tiers=(plans.CXL, plans.SSD),
+    )
     asked = Constraints(
-        formats=FormatRequest(max_loss=0.02),
-        tiers=TierRequest(),
-        compression=CompressionRequest(),
-        towers=TowerRequest(),
+        formats=FormatRequest(
+            rules={**{name: (format,) for name, format in plans.FORMATS.items()}, "traffic.*": ("fp32",)},
+            formats={"table": ("fp32",), "weight": ("fp32",), "activation": ("fp32",)},
+            kernels="emulate",
+        ),
+        tiers=TierRequest(tables={"d": ("ssd",)}),
+        compression=CompressionRequest(
+            samples=samples,
+            codecs=("none", "eb_lz", "eb_entropy"),
+            error_budget=BUDGET,
+            gradient_budget=BUDGET,
+            format_error=dict.fromkeys(plans.FORMATS, 0.0),
+        ),
+        towers=TowerRequest(always=True),
         growth=GrowthRequest(steps=1000),
+        memory_reserve=0.0,
+        memory_limit=sum(dense_memory(model, work, machine, "train").values()) + LEFT_FOR_TABLES,
     )
-    plan = planner.compile(
-        "wukong-small", "h100-cxl-2x2", replace(resolved.workload, sessions=sessions), constraints=asked
-    )
-    assert {"formats", "tiers", "compression", "towers", "dedup", "growth"} <= set(plan.decisions.present())
+    return planner.compile(model, machine, work, constraints=asked, name="wukong")
+
+
+def test_one_plan_decides_everything_and_verifies(plan: planner.Plan) -> None:
+    sections = {"formats", "tiers", "compression", "towers", "dedup", "growth"}
+    assert sections <= set(plan.decisions.present())
     assert [finding for finding in planner.verify(plan) if not finding.ok] == []
-    assert isinstance(plan.decisions.dedup, DedupPlan)
-    assert plan.decisions.dedup.chosen
+    assert plan.decisions.towers is not None
+    assert plan.decisions.towers.applied
+    assert plan.decisions.dedup is not None
+    assert len(plan.decisions.dedup.chosen) == 2
+    assert {table.format for table in plan.table_plans} == {"fp32", *plans.FORMATS.values()}
+    assert any(table.tiers is not None for table in plan.table_plans)
+    assert plan.decisions.compression is not None
+    assert plan.decisions.compression.uses("forward")
     # every section can be read, saved and drawn
     text = plan.explain()
     for words in ("deduplication", "compression", "towers", "growth"):
         assert words in text.lower()
     assert planner.Plan.from_dict(plan.to_dict()).digest == plan.digest
     assert "<details" in render_report(plan, sensitivity=False)
+
+
+def test_that_plan_trains_as_the_unsharded_model(plan: planner.Plan, tmp_path: Path) -> None:
+    """Outputs within what the codecs' bounds allow, to first order; 10 % for what is beyond it."""
+    found = run(plan, "wukong-small", tmp_path, options=plans.options("wukong-small", SIZES))
+    worst = found["worst"]
+    assert found["files"] > 0
+    assert worst["allowed"] > 10 * EXACT
+    assert worst["vectors"] < 1.1
