@@ -72,11 +72,14 @@ def columns_within(profiles: Sequence[Profile], budget: float) -> int:
     return 1 + int(np.argmax(lost <= budget * total))
 
 
-def widths_within(profiles: Sequence[Profile], dims: Sequence[int], budget: float) -> list[int]:
+def widths_within(
+    profiles: Sequence[Profile], dims: Sequence[int], budget: float, least: int = 1
+) -> list[int]:
     """The widths that make the exchange between peers shortest while the energy lost stays in the budget.
 
     A multiple-choice knapsack in CP-SAT: minimise first the bytes of the busiest rank (it sends its tower's
-    output to T - 1 peers and receives those of the other towers), then the sum of widths.
+    output to T - 1 peers and receives those of the other towers), then the sum of widths. ``least`` vectors leave
+    every tower that has as many.
 
     Raises:
         InfeasibleError: never with a budget of 0 or more, because keeping all vectors loses nothing.
@@ -85,12 +88,13 @@ def widths_within(profiles: Sequence[Profile], dims: Sequence[int], budget: floa
 
     total = sum(p.energy for p in profiles)
     if total <= 0:
-        return [1] * len(profiles)
+        return [min(least, len(p.lost)) for p in profiles]
     model = cp_model.CpModel()
     choice = [[model.new_bool_var("") for _ in p.lost] for p in profiles]
     columns, spent = [], []
     for picked, p, dim in zip(choice, profiles, dims, strict=True):
-        model.add_exactly_one(picked)
+        model.add_exactly_one(picked[min(least, len(picked)) - 1 :])
+        model.add(sum(picked) == 1)
         columns.append(sum((m + 1) * dim * use for m, use in enumerate(picked)))
         spent += [
             math.ceil(p.energy * lost / total * _UNITS - 1e-9) * use

@@ -247,7 +247,10 @@ def _kept(
     assert request.accuracy_budget is not None
     if narrow == "columns":
         return [columns_within(measured, request.accuracy_budget)] * len(towers)
-    return widths_within(measured, dims, request.accuracy_budget)
+    # dot products are taken of different vectors: one alone would carry no product of its tower's features
+    return widths_within(
+        measured, dims, request.accuracy_budget, least=2 if request.module == "projection" else 1
+    )
 
 
 class _Candidate:

@@ -139,6 +139,7 @@ def test_widths_are_the_narrowest_within_the_budget(budget: float) -> None:
     samples = [_low_rank(4, 3, 5, s) for s in (1, 2)] + [_low_rank(3, 3, 7, 3)]
     found = [profile(s, s.features, 3) for s in samples]
     chosen = widths_within(found, [3, 3, 3], budget)
+    assert min(widths_within(found, [3, 3, 3], 0.9, least=2)) == 2
     total = sum(p.energy for p in found)
 
     def lost(widths: tuple[int, ...]) -> float:
