@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from ir.reading import STRICT, digest, dump_record, parse_record
-from ir.units import parse_bandwidth, parse_bytes, parse_flops, parse_seconds
+from ir.units import format_bandwidth, format_bytes, parse_bandwidth, parse_bytes, parse_flops, parse_seconds
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Bandwidth = Annotated[float, BeforeValidator(parse_bandwidth), Field(gt=0)]
@@ -159,6 +160,20 @@ class Topology:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; :meth:`from_dict` reads it back."""
         return dump_record(self)
+
+    def _repr_html_(self) -> str:
+        """The machine as a table, for notebooks."""
+        rows = [
+            (level.name, f"{level.fanout} x, {level.link.name}", format_bandwidth(level.link.bandwidth))
+            for level in self.levels
+        ]
+        rows += [
+            (tier.name, format_bytes(tier.capacity), format_bandwidth(tier.read_bandwidth))
+            for tier in (*self.device.tiers, *self.host_tiers)
+        ]
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        what = f"{self.name}: {self.hosts} x {self.host_size} {self.device.name}"
+        return f"<table><caption>{escape(what)}</caption><tbody>{body}</tbody></table>"
 
     @classmethod
     def from_dict(cls, data: object, what: str = "topology") -> Topology:

@@ -6,6 +6,7 @@ import click
 
 from planner.calibrate_cli import calibrate
 from planner.cli_compile import compile
+from planner.cli_completion import completion
 from planner.cli_lists import models, topologies
 from planner.cli_plans import diff, explain, verify
 from planner.cli_run import emit, run
@@ -24,7 +25,7 @@ __all__ = ["_read_constraints", "cli", "fail", "main", "reports_errors", "show"]
 
 COMMANDS = (
     *(compile, explain, diff, verify, run, emit, report, trace, whatif, replan),
-    *(models, topologies, calibrate, formats, scale, sensitivity, doctor, schema),
+    *(models, topologies, calibrate, formats, scale, sensitivity, doctor, schema, completion),
 )
 
 

@@ -9,14 +9,21 @@ from typing import Any
 import click
 
 from ir.errors import InputError
+from planner.cli_completion import model_names, topology_names
 from planner.cli_progress import search_progress
 from planner.cli_support import JSON_OPTION, read_constraints, reports_errors, show
 from planner.decoders import decoder_pipeline, with_tokens
 
 
 @click.command()
-@click.argument("model")
-@click.option("--topology", "-t", required=True, help="Preset (h100-16x8, local-2) or YAML file.")
+@click.argument("model", shell_complete=model_names)
+@click.option(
+    "--topology",
+    "-t",
+    required=True,
+    shell_complete=topology_names,
+    help="Preset (h100-16x8, local-2) or YAML file.",
+)
 @click.option("--workload", "-w", type=click.Path(), help="JSON file: batch, pooling, access statistics.")
 @click.option("--constraints", "-c", type=click.Path(), help="YAML file: pins, limits, memory reserve.")
 @click.option(

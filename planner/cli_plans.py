@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ir.errors import InputError
+from planner.cli_completion import sharding_types, table_names
 from planner.cli_progress import search_progress
 from planner.cli_support import JSON_OPTION, answer, load_plan, reports_errors, show
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("plan", type=click.Path())
-@click.argument("table", required=False)
+@click.argument("table", required=False, shell_complete=table_names)
 @click.option("--rank", type=int, help="What one rank holds.")
 @click.option("--all", "show_all", is_flag=True, help="List every table.")
 @click.option(
     "--why-not",
     metavar="OPTION",
+    shell_complete=sharding_types,
     help="With TABLE: what row_wise, 'column_wise x4', rank=5 or host=1 would cost, or why it cannot be.",
 )
 @click.option("--model", help="With --why-not: what the plan was compiled from, where the plan does not say.")

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from planner.cli_support import JSON_OPTION, load_plan, read_constraints, reports_errors, show
-from planner.emit_cli import TARGETS, emit_decoder
+from planner.cli_support import JSON_OPTION, answer, load_plan, read_constraints, reports_errors, show
+from planner.emit_cli import TARGETS, emission, emit_decoder
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
 
 
 @click.command()
@@ -85,28 +89,40 @@ def run(
 )
 @click.option("--model", "model", help="Where the script finds the model; default the one that was compiled.")
 @click.option("--output", "-o", type=click.Path(), help="Write here instead of printing.")
+@JSON_OPTION
 @reports_errors
-def emit(plan: str, target: str, model: str | None, output: str | None) -> None:
+def emit(plan: str, target: str, model: str | None, output: str | None, as_json: bool) -> None:
     """Write what runs the plan: a torchrec training script for torchrun, one for towers (script),
     torchao GEMM configurations, or a decoder's configuration for a trainer or a server."""
-    from codegen.script import emit_torchrec
-    from codegen.torchao import emit_torchao
-    from codegen.tower_script import emit_towers
     from ir.plan import write_atomically
 
     loaded = load_plan(plan)
-    if target in TARGETS:
+    if target in TARGETS and not as_json:
         emit_decoder(loaded, target, output)
         return
-    emitter = {"torchrec": emit_torchrec, "torchao": emit_torchao, "script": emit_towers}[target]
-    text = emitter(loaded, model or loaded.provenance.get("model") or loaded.model.name)
-    if output and target == "torchao":
+    text, use, limits = _emitted(loaded, target, model, output or "FILE")
+    if output:
         write_atomically(output, text)
-        click.echo(f"written to {output}; import it and call quantize_model(model)")
+    if as_json:
+        shown = None if output else text
+        answer({"target": target, "path": output, "text": shown, "use": use, "limits": limits})
     elif output:
-        write_atomically(output, text)
-        click.echo(
-            f"written to {output}; run: torchrun --nproc-per-node {loaded.topology.host_size} {Path(output)}"
-        )
+        click.echo(f"written to {output}; {use}")
     else:
         click.echo(text, nl=False)
+
+
+def _emitted(plan: Plan, target: str, model: str | None, path: str) -> tuple[str, str, list[str]]:
+    """The file, what to do with it, and what it cannot say."""
+    from codegen.script import emit_torchrec
+    from codegen.torchao import emit_torchao
+    from codegen.tower_script import emit_towers
+
+    if target in TARGETS:
+        made = emission(plan, target)
+        return made.text, f"use: {made.command.format(path=path)}", list(made.limits)
+    named = model or plan.provenance.get("model") or plan.model.name
+    if target == "torchao":
+        return emit_torchao(plan, named), "import it and call quantize_model(model)", []
+    text = (emit_torchrec if target == "torchrec" else emit_towers)(plan, named)
+    return text, f"run: torchrun --nproc-per-node {plan.topology.host_size} {Path(path)}", []

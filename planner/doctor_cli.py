@@ -7,6 +7,9 @@ import sys
 
 import click
 
+from planner.cli_completion import schema_names
+from planner.cli_support import JSON_OPTION, answer, reports_errors
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -21,7 +24,7 @@ def doctor(as_json: bool) -> None:
         from rich.console import Group
         from rich.text import Text
 
-        from planner.cli import show
+        from planner.cli_support import show
         from planner.render import grid
 
         about = grid("machine", "")
@@ -38,10 +41,19 @@ def doctor(as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
-def schema(name: str) -> None:
-    """Print the JSON schema of a file: plan, topology, workload or constraints."""
-    from planner.cli import reports_errors
-    from planner.schema import json_schema
+@click.argument("name", required=False, shell_complete=schema_names)
+@JSON_OPTION
+@reports_errors
+def schema(name: str | None, as_json: bool) -> None:
+    """Print the JSON schema of a file (plan, topology, workload, constraints) or of a command's --json answer.
 
-    reports_errors(lambda: click.echo(json.dumps(json_schema(name), indent=2)))()
+    Without NAME, list them.
+    """
+    from planner.schema import json_schema, names
+
+    if name is not None:
+        click.echo(json.dumps(json_schema(name), indent=None if as_json else 2))
+    elif as_json:
+        answer({known: json_schema(known) for known in names()})
+    else:
+        click.echo("\n".join(names()))

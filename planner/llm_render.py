@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import groupby
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ir.decoder import LlmWorkload
@@ -13,7 +12,7 @@ from ir.errors import InputError
 from ir.parallelism import Parallelism
 from ir.plan import Plan
 from ir.units import format_bytes, format_count, format_seconds
-from planner.render import grid, percent, timeline_chart
+from planner.render import grid, headline, percent, timeline_chart
 
 
 def parallelism_of(plan: Plan) -> Parallelism:
@@ -42,15 +41,10 @@ def llm_summary(plan: Plan, events: bool = True) -> RenderableType:
 
 
 def _headline(plan: Plan, made: Parallelism) -> RenderableType:
-    topology, layout, search = plan.topology, made.layout, made.search
+    layout, search = made.layout, made.search
     fed = plan.workload.llm or LlmWorkload()
     fullest = max(plan.memory, key=lambda rank: rank.total / rank.limit)
     rows = [
-        (
-            "plan",
-            f"{plan.model.name} on {topology.name} ({topology.hosts} hosts x {topology.host_size} "
-            f"{topology.device.name}), {plan.mode}",
-        ),
         (
             "model",
             f"{format_count(made.model.params)} parameters, {made.model.layers} layers; {fed.sequence:,} tokens a "
@@ -75,14 +69,8 @@ def _headline(plan: Plan, made: Parallelism) -> RenderableType:
             f"fullest rank {fullest.rank}: {format_bytes(fullest.total)} of {format_bytes(fullest.limit)} usable "
             f"({percent(fullest.total, fullest.limit)})",
         ),
-        ("digest", plan.digest.removeprefix("sha256:")[:16]),
     ]
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        table.add_row(name, Text(text))
-    return table
+    return headline(plan, rows)
 
 
 def _stages(made: Parallelism) -> str:

@@ -76,16 +76,25 @@ def summary(plan: ir.plan.Plan, events: bool = True) -> RenderableType:
     return Group(*parts)
 
 
+def headline(plan: ir.plan.Plan, rows: Sequence[tuple[str, str]]) -> Table:
+    """What was planned for which machine, ``rows``, and the digest, one a line."""
+    topology = plan.topology
+    what = (
+        f"{plan.model.name} on {topology.name} ({topology.hosts} hosts x {topology.host_size} "
+        f"{topology.device.name}), {plan.mode}"
+    )
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in (("plan", what), *rows, ("digest", plan.digest.removeprefix("sha256:")[:16])):
+        table.add_row(name, Text(text))
+    return table
+
+
 def _headline(plan: ir.plan.Plan) -> RenderableType:
-    topology, certificate, model = plan.topology, plan.certificate, plan.model
-    step = plan.timeline.step
+    certificate, model, step = plan.certificate, plan.model, plan.timeline.step
     fullest = max(plan.memory, key=lambda rank: rank.total / rank.limit)
     rows = [
-        (
-            "plan",
-            f"{model.name} on {topology.name} ({topology.hosts} hosts x {topology.host_size} "
-            f"{topology.device.name}), {plan.mode}",
-        ),
         (
             "model",
             f"{len(plan.table_plans)} tables, {format_count(model.embedding_params)} embedding parameters, "
@@ -107,14 +116,8 @@ def _headline(plan: ir.plan.Plan) -> RenderableType:
             f"fullest rank {fullest.rank}: {format_bytes(fullest.total)} of {format_bytes(fullest.limit)} "
             f"usable ({percent(fullest.total, fullest.limit)})",
         ),
-        ("digest", plan.digest.removeprefix("sha256:")[:16]),
     ]
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        table.add_row(name, Text(text))
-    return table
+    return headline(plan, rows)
 
 
 def _decisions(plan: ir.plan.Plan) -> RenderableType:

@@ -1,4 +1,4 @@
-"""The published JSON schemas of the files that people exchange."""
+"""The published JSON schemas: of the files that people exchange, and of what commands print with ``--json``."""
 
 from __future__ import annotations
 
@@ -19,20 +19,33 @@ RECORDS: dict[str, type[Any]] = {
 }
 
 
-def json_schema(name: str) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a file; raises InputError for an unknown name.
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
-    A plan file also holds ``digest``, the sha256 of the rest in canonical form.
+
+def names() -> tuple[str, ...]:
+    """Files, then commands."""
+    from planner.schema_outputs import OUTPUTS
+
+    return (*RECORDS, *OUTPUTS)
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a file or of a command's answer; raises InputError for an unknown name.
+
+    A plan file also holds ``digest``, the sha256 of the rest in canonical form. Besides the commands there is
+    "error", what any of them prints when it fails.
     """
-    if name not in RECORDS:
+    from planner.schema_outputs import output_schema
+
+    if name not in names():
         raise InputError(
-            f"there is no schema {name!r}{did_you_mean(name, RECORDS)}; choose one of {', '.join(RECORDS)}"
+            f"there is no schema {name!r}{did_you_mean(name, names())}; choose one of {', '.join(names())}"
         )
-    schema = adapter(RECORDS[name]).json_schema()
-    if name == "plan":
+    if name in ("plan", "compile"):
+        schema = adapter(Plan).json_schema()
         schema["properties"]["digest"] = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$comment": f"format version {FORMAT_VERSION}",
-        **schema,
-    }
+    elif name in RECORDS:
+        schema = adapter(RECORDS[name]).json_schema()
+    else:
+        schema = output_schema(name)
+    return {"$schema": DRAFT, "$comment": f"format version {FORMAT_VERSION}", **schema}

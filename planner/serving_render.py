@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ir.errors import InputError
 from ir.plan import Plan
 from ir.serving import Serving
 from ir.units import format_bytes, format_count, format_seconds
-from planner.render import grid, percent
+from planner.render import grid, headline, percent
 
 
 def serving_of(plan: Plan) -> Serving:
@@ -23,7 +22,7 @@ def serving_of(plan: Plan) -> Serving:
 
 def serving_summary(plan: Plan) -> RenderableType:
     """One screen: the layout, the latencies, memory, the exchange, the next layouts."""
-    made, topology = serving_of(plan), plan.topology
+    made = serving_of(plan)
     request, chosen = made.request, made.chosen
     targets = [
         f"{name} at most {format_seconds(value)}"
@@ -31,11 +30,6 @@ def serving_summary(plan: Plan) -> RenderableType:
         if value is not None
     ]
     rows = [
-        (
-            "plan",
-            f"{plan.model.name} on {topology.name} ({topology.hosts} hosts x {topology.host_size} "
-            f"{topology.device.name}), {plan.mode}",
-        ),
         (
             "request",
             f"{request.new:,} new tokens after {request.cached:,} cached, {request.batch} sequences decoded together; "
@@ -58,14 +52,8 @@ def serving_summary(plan: Plan) -> RenderableType:
             f"{format_bytes(chosen.memory)} of {format_bytes(plan.memory[0].limit)} usable; sequences of up to "
             f"{format_count(made.longest)} tokens fit",
         ),
-        ("digest", plan.digest.removeprefix("sha256:")[:16]),
     ]
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, text in rows:
-        table.add_row(name, Text(text))
-    return Group(table, Text(), Text("layouts", style="bold"), _layouts(made))
+    return Group(headline(plan, rows), Text(), Text("layouts", style="bold"), _layouts(made))
 
 
 def _layouts(made: Serving) -> RenderableType:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -20,6 +19,7 @@ def test_doctor_says_that_this_machine_can_plan_and_train() -> None:
     run = CliRunner().invoke(cli, ["doctor", "--json"])
     assert run.exit_code == 0, run.output
     found = json.loads(run.output)
+    jsonschema.validate(found, json_schema("doctor"))
     verdicts = {entry["name"]: entry["ok"] for entry in found["findings"]}
     assert verdicts["plan"]
     assert verdicts["train with TorchRec"]
@@ -36,12 +36,16 @@ def test_a_broken_installation_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> 
     assert "libgloo.so" in run.output
 
 
+@pytest.fixture(scope="module")
+def plan() -> planner.Plan:
+    return planner.compile("dlrm-small", "local-2", time_limit=0.1)
+
+
 @pytest.mark.parametrize("name", ["plan", "topology", "workload", "constraints"])
-def test_schemas_are_valid_and_hold_for_real_files(name: str, tmp_path: Path) -> None:
+def test_schemas_are_valid_and_hold_for_real_files(name: str, plan: planner.Plan) -> None:
     run = CliRunner().invoke(cli, ["schema", name])
     schema = json.loads(run.output)
     jsonschema.Draft202012Validator.check_schema(schema)
-    plan = planner.compile("dlrm-small", "local-2")
     files = {
         "plan": plan.to_dict(),
         "topology": yaml.safe_load(yaml.safe_dump(plan.topology.to_dict())),
