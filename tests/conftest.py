@@ -31,13 +31,13 @@ def small_model(rows: tuple[int, ...] = (40_000, 9_000, 700, 2_500, 64), dim: in
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model() -> Model:
     """Five tables of 64 to 40,000 rows, 32 wide."""
     return small_model()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def workload() -> Workload:
     """Batch 1,024 with pooling factors from 1 to 20."""
     pooling = (20.0, 1.0, 3.0, 8.0, 1.0)

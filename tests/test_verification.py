@@ -13,7 +13,7 @@ from ir.workload import Workload
 from planner.verification import Finding, verify
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plan(model: Model, workload: Workload) -> Plan:
     """A plan in which every table is placed by another sharding type."""
     kinds = ("row_wise", "column_wise", "table_wise", "table_row_wise", "data_parallel")
