@@ -15,6 +15,7 @@ import click
 @click.option(
     "--horizon", type=int, default=10_000, show_default=True, help="Steps over which moving must pay."
 )
+@click.option("--time-limit", type=float, default=30.0, show_default=True, help="Solver work, about seconds.")
 @click.option("--model", help="What the plan was compiled from, where the plan does not say.")
 @click.option("--output", "-o", type=click.Path(), help="Write the new plan here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -24,6 +25,7 @@ def replan(
     lost: str,
     workload: str | None,
     horizon: int,
+    time_limit: float,
     model: str | None,
     output: str | None,
     as_json: bool,
@@ -55,6 +57,7 @@ def replan(
                 workload=fed,
                 model=model,
                 horizon=horizon,
+                time_limit=time_limit,
             )
         if output:
             found.plan.save(output)

@@ -10,6 +10,7 @@ import ir.plan
 from ir.constraints import Constraints, TableConstraint
 from ir.errors import InfeasibleError, InputError
 from ir.plan import EVERY_RANK, TablePlan, common_weights
+from ir.program import Model
 from ir.topology import Topology
 from ir.workload import Workload
 from planner.plan import Plan
@@ -70,7 +71,7 @@ def replan(
         lost: ranks of the old machine that are gone.
         workload: what the model is fed from now on; default the plan's.
         constraints: default the plan's.
-        model: default what the plan says it was compiled from.
+        model: default what the plan says it was compiled from; tables may have more rows, or be new.
         horizon: steps over which a move must pay.
         options: for :func:`planner.compile`.
 
@@ -79,7 +80,6 @@ def replan(
         InfeasibleError: no plan under the limits.
     """
     from planner.api import topology as machine_of
-    from planner.what_if import model_of
 
     bad = [rank for rank in lost if not 0 <= rank < plan.world_size]
     if bad:
@@ -93,7 +93,7 @@ def replan(
     survivors = tuple((left + [-1] * machine.world_size)[: machine.world_size])
     fed = workload or replace(plan.workload, dedup={})
     limits = constraints or plan.constraints
-    captured = model_of(plan, model)
+    captured = grown_model(plan, model)
     found, refused = [], None
     for name, narrowed in _candidates(plan, survivors, limits):
         try:
@@ -108,6 +108,31 @@ def replan(
         assert refused is not None
         raise refused
     return Replan(tuple(sorted(found, key=lambda c: (c.total, c.moved))), horizon)
+
+
+def grown_model(plan: ir.plan.Plan, model: Any = None) -> Model:
+    """The model to plan for: the plan's, or one in which its tables have more rows or others were added.
+
+    Raises:
+        InputError: no model, or one that lacks a table of the plan or has it narrower, shorter or of another type.
+    """
+    from planner.models import resolve
+    from planner.what_if import model_of
+
+    source = model or plan.provenance.get("model", "")
+    captured = source if isinstance(source, Model) else resolve(source).model if source else None
+    if captured is None or captured.digest == plan.model.digest:
+        return model_of(plan, model)
+    now = {table.name: table for table in captured.tables}
+    for table in plan.table_plans:
+        other = now.get(table.name)
+        if other is None or (other.dim, other.dtype) != (table.dim, table.dtype) or other.rows < table.rows:
+            found = "no such table" if other is None else f"{other.rows} x {other.dim} {other.dtype}"
+            raise InputError(
+                f"table {table.name!r} is {table.rows} x {table.dim} {table.dtype} in the plan, the model has {found}; "
+                "tables may only have gained rows"
+            )
+    return captured
 
 
 def received(old: ir.plan.Plan, new: ir.plan.Plan, survivors: Sequence[int]) -> tuple[int, int]:
@@ -179,7 +204,7 @@ def _compile(
     from planner.api import compile
 
     pinned = frozenset(t.name for t in plan.table_plans if narrowed.for_table(t.name).ranks is not None)
-    passes = list(pipeline(options.pop("calibration", None)) if "calibration" in options else pipeline())
+    passes = list(pipeline(options.get("calibration")))
     after = next(i for i, step in enumerate(passes) if step.name == "sharding") + 1
     passes.insert(after, Relabel(plan.table_plans, survivors, pinned))
     made = compile(
@@ -191,7 +216,7 @@ def _compile(
         passes=passes,
         name=plan.model.name,
         objective=plan.provenance.get("objective", "phases"),  # type: ignore[arg-type]
-        **options,
+        **{name: value for name, value in options.items() if name != "calibration"},
     )
     source = plan.provenance.get("model", "")
     # what the user asked stays what the plan records; that options were narrowed is the candidate's name
