@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import planner
 from benchmarks._cluster_run import calibrate, run_worker
 from benchmarks._report import Report
-from benchmarks._towers_worker import DIM, STREAM, model
+from benchmarks._towers_worker import STREAM, model
 from benchmarks.cluster import Cluster
 from cost_models.calibration import Calibration
 from cost_models.embedding import phase_overheads
 from cost_models.towers import tower_seconds, tower_timeline
 from ir.constraints import Constraints
 from ir.topology import Level, Link, Topology
-from ir.towers import TowerRequest
+from ir.towers import TowerDecision, TowerRequest
 from ir.workload import Workload
+from passes.towers import planned_reduction
 
-HOSTS, RANKS = 2, 2
-BATCH = 512  # samples of a rank
+BATCH = 1024  # samples of a rank
 SHARES = (0.3, 0.5, 0.7)  # of the flat step that the slow link is to take
-COMPRESSION = 4.0  # vectors in per vector out of a tower module
+BUDGET = 0.03  # of the embeddings' energy that tower modules may lose; the planner chooses their widths by it
 CODEC = ("eb_entropy", 0.1)  # error bound over the root mean square: 25 dB, as in compressed_training.py
 FAST = "20Gbps"  # more than the cores move: the links cost nothing but their processing
 PUBLISHED = 1.9  # at most, on 64 H100 (arXiv 2403.00877, abstract)
@@ -32,39 +33,58 @@ WORKER = Path(__file__).with_name("_towers_worker.py")
 FLAT, SPTT, MODULES, CODED = "flat TorchRec", "SPTT", "SPTT+TM", "SPTT+TM+codec"
 
 
-def workload() -> Workload:
-    """Statistics of batches that nobody trains on."""
-    batches = [STREAM.samples(BATCH, 900 + n).batch(slice(None))[1] for n in range(4)]
-    return replace(Workload.from_batches(batches, world_size=HOSTS * RANKS), optimizer="sgd")
+@dataclass(frozen=True)
+class Setting:
+    """A cluster, and the pooled embeddings that its towers and their widths are learned from."""
 
+    hosts: int
+    ranks: int
+    sample: Path
 
-def unmeasured() -> Topology:
-    """The cluster before it is calibrated; the plan that runs on fast links is made for it."""
-    base = planner.topology(f"local-{RANKS}")
-    link = Link("cluster", 125e6 / RANKS, 60e-6, "1 Gbit/s over the ranks of a host")
-    return replace(base, name="cluster", levels=(base.levels[0], Level("cluster", HOSTS, link)))
+    @property
+    def name(self) -> str:
+        """As in the rows."""
+        return f"{self.hosts}x{self.ranks}"
 
+    def workload(self) -> Workload:
+        """Statistics of batches that nobody trains on."""
+        batches = [STREAM.samples(BATCH, 900 + n).batch(slice(None))[1] for n in range(4)]
+        measured = Workload.from_batches(batches, world_size=self.hosts * self.ranks)
+        return replace(measured, optimizer="sgd")
 
-def plans(topology: Topology, work: Workload, calibration: Calibration | None) -> dict[str, planner.Plan]:
-    """The planner's flat plan, and its towers without and with modules."""
-    asked = {
-        FLAT: None,
-        SPTT: TowerRequest(always=True),
-        MODULES: TowerRequest(module="projection", compression=COMPRESSION, always=True),
-    }
-    module = model("meta")
-    made = {
-        name: planner.compile(
-            module,
+    def unmeasured(self) -> Topology:
+        """The cluster before it is calibrated; the plan that runs on fast links is made for it."""
+        link = Link("cluster", 125e6 / self.ranks, 60e-6, "1 Gbit/s over the ranks of a host")
+        base = planner.topology(f"local-{self.ranks}")
+        return replace(base, name="cluster", levels=(base.levels[0], Level("cluster", self.hosts, link)))
+
+    def plan(self, name: str, topology: Topology, calibration: Calibration | None) -> planner.Plan:
+        """The planner's plan of a variant: flat, or towers without or with modules."""
+        towers = None
+        if name != FLAT:
+            towers = TowerRequest(interactions=str(self.sample), always=True)
+        if name in (MODULES, CODED):
+            assert towers is not None
+            towers = replace(towers, module="projection", accuracy_budget=BUDGET)
+        return planner.compile(
+            model("meta"),
             topology,
-            work,
+            self.workload(),
             constraints=Constraints(towers=towers),
             calibration=calibration,
             time_limit=2.0,
         )
-        for name, towers in asked.items()
-    }
-    return {**made, CODED: made[MODULES]}
+
+    def plans(self, topology: Topology, calibration: Calibration) -> dict[str, planner.Plan]:
+        """Those of all variants; a codec between peers changes nothing in the plan."""
+        made = {name: self.plan(name, topology, calibration) for name in (FLAT, SPTT, MODULES)}
+        return {**made, CODED: made[MODULES]}
+
+    def decision(self) -> TowerDecision:
+        """Towers and widths that the modules of the accuracy part are made of."""
+        section = self.plan(MODULES, self.unmeasured(), None).decisions.towers
+        assert section is not None
+        return section
 
 
 def predicted(name: str, plan: planner.Plan, calibration: Calibration, codec: Mapping[str, float]) -> float:
@@ -78,33 +98,26 @@ def predicted(name: str, plan: planner.Plan, calibration: Calibration, codec: Ma
         return plan.timeline.step
     from planner.zoo.multi_tower import over_arch_model
 
-    work, topology = plan.workload, plan.topology
+    work, topology, towers = plan.workload, plan.topology, section.towers
     overheads = phase_overheads(topology, work, calibration, "train")
     phases = dict(
         tower_seconds(
-            plan.table_plans,
-            section.towers,
-            section.module,
-            topology,
-            work,
-            calibration,
-            "train",
-            overheads,
+            plan.table_plans, towers, section.module, topology, work, calibration, "train", overheads
         ).phases
     )
-    count = len(section.towers)
-    widest = max(tower.width_out for tower in section.towers)
+    widest = max(tower.width_out for tower in towers)
     # (B / G) O x (T - 1) / T bytes leave a rank, and as many arrive where towers are alike
-    size = work.global_batch / section.towers[0].ranks * widest * 4 * (count - 1) / count
+    size = work.global_batch / towers[0].ranks * widest * 4 * (len(towers) - 1) / len(towers)
     coding = size * (1 / codec["encode"] + 1 / codec["decode"]) * calibration.core_sharing
     for phase in ("peer", "peer_gradient"):
         phases[phase] = phases[phase] / codec["ratio"] + coding
-    above = over_arch_model(model("meta"), sum(tower.vectors_out for tower in section.towers))
-    return tower_timeline(above, phases, topology, work, calibration, "train").step
+    above = over_arch_model(model("meta"), sum(tower.vectors_out for tower in towers), towers[0].columns_out)
+    reduction = planned_reduction(topology, calibration, plan.decisions, plan.constraints)
+    return tower_timeline(above, phases, topology, work, calibration, "train", reduction).step
 
 
-def codec_speed() -> dict[str, float]:
-    """Ratio, and bytes/s one way and the other, on normal vectors."""
+def codec_speed(columns: int) -> dict[str, float]:
+    """Ratio, and bytes/s one way and the other, on normal vectors of so many columns."""
     import torch
 
     from codegen.runtime.codecs import absolute_bound, encode
@@ -112,7 +125,7 @@ def codec_speed() -> dict[str, float]:
 
     torch.set_num_threads(1)
     name, relative = CODEC
-    vectors = torch.randn(BATCH * 4, DIM, generator=torch.Generator().manual_seed(0))
+    vectors = torch.randn(BATCH * 8, columns, generator=torch.Generator().manual_seed(0))
     (speed,) = measure_speeds([vectors], ("eb_entropy",), relative=relative)
     sent = len(encode(vectors, name, absolute_bound(vectors, relative)))
     return {"ratio": vectors.nbytes / sent, "encode": speed.encode, "decode": speed.decode}
@@ -133,46 +146,62 @@ def measure(
     return found
 
 
-def steps_at_speeds(report: Report, quick: bool) -> None:
-    """Rows of every speed and variant, and the claims; raises ClusterUnavailable."""
-    work, codec = workload(), codec_speed()
-    turns, steps = (2, 4) if quick else (4, 5)
-    with Cluster(HOSTS, RANKS, FAST) as cluster:
-        flat = plans(unmeasured(), work, None)[FLAT]
+def steps_at_speeds(report: Report, setting: Setting, shares: Sequence[float], quick: bool) -> None:
+    """Rows of every speed and variant of one cluster, and the claims; raises ClusterUnavailable.
+
+    ``shares`` are of the flat step that the slow link is to take, the slowest link last.
+    """
+    decision = setting.decision()
+    codec = codec_speed(decision.towers[0].columns_out)
+    turns, steps = (2, 4) if quick else (3, 5)
+    with Cluster(setting.hosts, setting.ranks, FAST) as cluster:
+        flat = setting.plan(FLAT, setting.unmeasured(), None)
         fast = measure(cluster, {FLAT: flat}, turns, steps)[FLAT]
+    sizes = " + ".join(str(len(tower.features)) for tower in decision.towers)
     report.note(
-        f"{HOSTS} hosts x {RANKS} ranks, {BATCH} samples a rank, {STREAM.dense} dense features, {len(STREAM.rows)} "
-        f"tables of {DIM} columns; on fast links the flat step is {1e3 * fast['step']:.1f} ms and a host sends "
-        f"{fast['sent'] / 1e6:.2f} MB; published for other hardware: at most {PUBLISHED}x"
+        f"{setting.name}: {BATCH} samples a rank, {STREAM.dense} dense features, {len(STREAM.rows)} tables of "
+        f"{decision.towers[0].dim} columns, towers of {sizes} tables that send {decision.towers[0].columns_out} columns; "
+        f"on fast links the flat step is {1e3 * fast['step']:.1f} ms and a host sends {fast['sent'] / 1e6:.2f} MB; "
+        f"published for other hardware: at most {PUBLISHED}x"
     )
-    best, gap = 0.0, 0.0
-    for share in SHARES[-1:] if quick else SHARES:
+    found: dict[str, float] = {}
+    for share in shares:
         # bytes/s at which the card is busy for that share of the step
         speed = fast["sent"] * (1 - share) / (share * fast["step"])
-        best, apart = _at_speed(report, speed, fast["step"], work, codec, (turns, steps))
-        gap = max(gap, apart)
-    report.claim("speed_up_slowest", best, PUBLISHED, ">=")
-    report.claim("exchange_alone_loss_difference", gap, 1e-5, "<=")
+        one = _at_speed(report, setting, speed, fast["step"], decision, codec, (turns, steps))
+        found = {**one, "apart": max(one["apart"], found.get("apart", 0.0))}
+    report.claim(f"{setting.name}_speed_up_slowest", found["faster"], PUBLISHED, ">=")
+    report.claim(f"{setting.name}_exchange_alone_loss_difference", found["apart"], 1e-5, "<=")
 
 
 def _at_speed(
     report: Report,
+    setting: Setting,
     speed: float,
     rest: float,
-    work: Workload,
+    decision: TowerDecision,
     codec: Mapping[str, float],
     amount: tuple[int, int],
-) -> tuple[float, float]:
-    """Rows of one speed; the best speed-up, and the largest difference in loss of SPTT and flat."""
+) -> dict[str, float]:
+    """Rows of one speed; the speed-up of modules with codec, and the difference in loss of SPTT and flat."""
     inter = f"{8 * speed / 1e6:.0f}Mbps"
-    with tempfile.TemporaryDirectory() as folder, Cluster(HOSTS, RANKS, inter) as cluster:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Cluster(setting.hosts, setting.ranks, inter) as cluster,
+    ):
         topology, calibration = calibrate(cluster, Path(folder) / "cluster.yaml", repeats=2)
-        made = plans(topology, work, calibration)
+        made = setting.plans(topology, calibration)
         found = measure(cluster, made, *amount)
+    section = made[MODULES].decisions.towers
+    assert section is not None
+    same = {(frozenset(t.features), t.width_out) for t in section.towers} == {
+        (frozenset(t.features), t.width_out) for t in decision.towers
+    }
     model_steps = {name: predicted(name, plan, calibration, codec) for name, plan in made.items()}
     flat = found[FLAT]
     for name, one in found.items():
         report.row(
+            cluster=setting.name,
             link=inter,
             variant=name,
             step_ms=1e3 * one["step"],
@@ -181,9 +210,11 @@ def _at_speed(
             predicted_faster=model_steps[FLAT] / model_steps[name],
             slow_link_MB=one["sent"] / 1e6,
         )
+        print(f"done: {report.rows[-1]}", file=sys.stderr, flush=True)
     report.note(
-        f"{inter}: the slow link takes {1 - rest / flat['step']:.0%} of the flat step; codec ratio "
-        f"{found[CODED]['ratio']:.1f}, predicted with {codec['ratio']:.1f}"
+        f"{setting.name}, {inter}: the slow link takes {1 - rest / flat['step']:.0%} of the flat step; codec ratio "
+        f"{found[CODED]['ratio']:.1f}, predicted with {codec['ratio']:.1f}; towers and widths "
+        f"{'are those of' if same else 'DIFFER FROM those of'} the accuracy part"
     )
     apart = max(abs(a - b) for a, b in zip(flat["loss"], found[SPTT]["loss"], strict=True))
-    return flat["step"] / min(one["step"] for one in found.values()), apart
+    return {"faster": flat["step"] / found[CODED]["step"], "apart": apart}

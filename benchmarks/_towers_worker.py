@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from benchmarks._streams import ClickModel
+from benchmarks._towers_data import DIM
 from codegen.runtime.towers.coded import CodedMove
 from codegen.runtime.towers.exchange import Move, all_to_all
 from codegen.torchrec import sharded_model
@@ -24,7 +25,6 @@ from ir.plan import Plan
 from planner.zoo import build
 from planner.zoo.multi_tower import with_towers
 
-DIM = 64
 TABLES = 26  # features of Criteo
 STREAM = ClickModel(rows=(10_000,) * TABLES, pooling=(1,) * TABLES)
 LR = 0.05
@@ -44,9 +44,10 @@ def prepared(plan: Plan, codec: tuple[str, float] | None) -> tuple[Any, CodedMov
     """The model under a plan: TorchRec where it has no towers, else the tower form."""
     if plan.decisions.towers is None:
         return sharded_model(plan, model(), optimizer="sgd", lr=LR, dense_optimizer="sgd"), None
-    coded = CodedMove(*codec, dim=DIM) if codec else None
+    towers = applied_towers(plan)
+    coded = CodedMove(*codec, dim=towers.towers[0].columns_out) if codec else None
     move: Move = coded or all_to_all
-    module = with_towers(model(), applied_towers(plan))
+    module = with_towers(model(), towers)
     return tower_model(plan, module, optimizer="sgd", lr=LR, dense_optimizer="sgd", move=move), coded
 
 
