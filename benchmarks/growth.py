@@ -39,6 +39,8 @@ from ir.workload import Workload
 from planner.zoo import build
 
 BATCH, RATE, DIM = 512, 1e-3, 16
+TABLE_DECAY, DENSE_DECAY = 1e-3, 1e-5  # L2 penalties
+MEAN_OF = 100  # steps that the running mean of the weights looks back
 TOP = (512, 512, 256, 1)
 TIMED_TOP = (2048, 2048, 1024, 1)  # wide enough that GEMMs, not calls, take the time
 TIMED_BATCH = 1024
@@ -79,6 +81,37 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: tuple[Any, A
     optimizer.step()
 
 
+class RunningMean:
+    """Of the weights of a model since :meth:`restart`, over the last :data:`MEAN_OF` steps or so."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget: the weights have other shapes now."""
+        self.steps, self.mean = 0, [p.detach().clone() for p in self.model.parameters()]
+
+    def step(self) -> None:
+        """Take in the weights as they are."""
+        self.steps += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mean, list(self.model.parameters()), 1 / min(self.steps, MEAN_OF))
+
+    def apply(self) -> None:
+        """Give the model the mean."""
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.model.parameters()), self.mean)
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    """Adam with the penalties."""
+    tables = [p for name, p in model.named_parameters() if name.startswith("ebc.")]
+    rest = [p for name, p in model.named_parameters() if not name.startswith("ebc.")]
+    groups = [(tables, TABLE_DECAY), (rest, DENSE_DECAY)]
+    return torch.optim.Adam([{"params": p, "weight_decay": decay} for p, decay in groups], lr=RATE)
+
+
 def train(
     data: movielens.Data, way: str, growth: Growth, shot: tuple[int, ...], seed: int
 ) -> dict[str, float]:
@@ -86,20 +119,23 @@ def train(
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     model = model_of(data, TOP)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    optimizer, mean = optimizer_of(model), RunningMean(model)
     phases = PhasedTraining(growth, model, optimizer) if way == "alternating" else None
     resizer = Resizer(model, growth.layers, optimizer) if way == "one-shot" else None
     steps = round(growth.steps * (1 - growth.flop_saving)) if way == "dense, fewer steps" else growth.steps
     order: list[int] = []
     for step in range(steps):
-        if phases is not None:
-            phases.begin_step(step)
+        if phases is not None and phases.begin_step(step):
+            mean.restart()
         if resizer is not None and step == growth.phases[0].steps:
             resizer.resize(shot)
+            mean.restart()
         if len(order) < BATCH:
             order = random.permutation(data.train).tolist()
         train_step(model, optimizer, data.batch(np.asarray(order[:BATCH])))
         del order[:BATCH]
+        mean.step()
+    mean.apply()
     held_out = np.arange(data.train, len(data))
     with torch.no_grad():
         logits = torch.cat([model(*data.batch(part)[:2]) for part in np.array_split(held_out, 4)])
