@@ -13,7 +13,8 @@ partial block  H (d e + 4) T / N bytes: a partial output and its fp32 log-sum-ex
 step, A        FLOP / N^2 / C: each rank's queries against each rank's keys, equal by 2N-chunk placement
 pass-KV        (N - 1) max(A, S_kv) + A
 pass-Q         (N - 1) max(A, S_q) + A + all-to-all of (N - 1) partial blocks
-pass-Q, eager  2 max(A, S_q) + (N - 3) max(A, S_q + R) + max(A, R) + R: partial results return step by step
+pass-Q, eager  2 max(A, S_q) + (N - 3) max(A, S_q + R) + max(A, R) + R: partial results return step by step; a
+               result of step s goes s ranks back, so min(s, N - s, ranks of a card) of them share each card
 all-gather     (N - 1) S_kv + N A: nothing hidden, as in Llama 3 training (arXiv 2407.21783, section 3.3.2)
 ============== ==========================================================================================
 
@@ -100,6 +101,7 @@ class RingRates:
         message_seconds: seconds a message to the neighbour takes beyond its bytes.
         all_to_all_seconds: seconds an all-to-all takes beyond its bytes.
         kernel_seconds: seconds a partial attention takes beyond its work.
+        card_ranks: ranks of a host that share what ``send_bandwidth`` is of one of them alone.
     """
 
     attention_flops: float
@@ -109,6 +111,7 @@ class RingRates:
     message_seconds: float = 0.0
     all_to_all_seconds: float = 0.0
     kernel_seconds: float = 0.0
+    card_ranks: int = 1
 
     def __post_init__(self) -> None:
         rates = (self.attention_flops, self.send_bandwidth, self.all_to_all_bandwidth, self.memory_bandwidth)
@@ -209,7 +212,7 @@ def ring_seconds(
     query = batch * shape.query_bytes_per_token * new / ranks
     partial = batch * shape.partial_bytes_per_token * new / ranks
     send = {name: size / rates.send_bandwidth + rates.message_seconds for name, size in
-            (("kv", kv), ("query", query), ("partial", partial))}  # fmt: skip
+            (("kv", kv), ("query", query))}  # fmt: skip
     homeward, sent = 0.0, others * (query + partial)
     if algorithm in ("pass_kv", "all_gather"):
         sent = others * kv
@@ -220,10 +223,14 @@ def ring_seconds(
         homeward = others * partial / rates.all_to_all_bandwidth + rates.all_to_all_seconds
     else:
         # behind step s travel the queries of step s + 1 and what step s - 1 made of others' queries
+        back = [
+            partial * min(s, ranks - s, rates.card_ranks) / rates.send_bandwidth + rates.message_seconds
+            for s in range(1, ranks)
+        ]
         transfers = [send["query"]] * min(2, others)
-        transfers += [send["query"] + send["partial"]] * (others - 2)
-        transfers += [send["partial"]] if others > 1 else []
-        cover, homeward = attention, send["partial"]
+        transfers += [send["query"] + home for home in back[:-2]]
+        transfers += back[-2:-1]
+        cover, homeward = attention, back[-1]
     exposed = sum(max(0.0, transfer - cover) for transfer in transfers)
     terms = {"attention": ranks * attention, "exposed": exposed, "return": homeward}
     return RingCost(algorithm, terms, sum(transfers) - exposed, sent)

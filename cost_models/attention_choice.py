@@ -48,6 +48,7 @@ def scenarios(low: RingRates, high: RingRates) -> tuple[RingRates, ...]:
             message_seconds=high.message_seconds,
             all_to_all_seconds=high.all_to_all_seconds,
             kernel_seconds=high.kernel_seconds,
+            card_ranks=high.card_ranks,
         )
         for rates in dict.fromkeys(ends)
     )

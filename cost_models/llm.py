@@ -120,6 +120,7 @@ class Training:
     calibration: Calibration
     dtype: str = "bf16"
     state_bytes: int = 8  # optimizer state of a parameter besides the fp32 master copy: Adam's two moments
+    tensor_exposed: float = 1.0  # share of the tensor-parallel collectives that kernels do not hide
     _kept: dict[tuple[str, int, int, int], LayerSeconds] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -190,7 +191,7 @@ class Training:
         pairs = b * causal_pairs(self.sequence) / c
         rate = peak_flops(self.topology.device, self.dtype) * ATTENTION_EFFICIENCY
         attention = 4 * q * pairs / rate
-        collective = self.ring((t, 1)).gather(n * h * item)
+        collective = self.tensor_exposed * self.ring((t, 1)).gather(n * h * item)
         gathered = b * self.sequence * 2 * k
         over = self.ring((c, t))
         forth, back = over.gather(gathered * item), over.gather(gathered * GRADIENT_BYTES)
@@ -208,7 +209,7 @@ class Training:
 
     def _head(self, t: int, c: int, b: int) -> LayerSeconds:
         n, item = self.tokens(c, b), nbytes(self.dtype)
-        collective = self.ring((t, 1)).gather(n * self.shape.hidden * item)
+        collective = self.tensor_exposed * self.ring((t, 1)).gather(n * self.shape.hidden * item)
         logits = n * self.shape.vocab / t
         return LayerSeconds(
             gemm=self.products(n, ((self.shape.hidden, self.shape.vocab / t),)),
@@ -219,7 +220,7 @@ class Training:
 
     def _embedding(self, t: int, c: int, b: int) -> LayerSeconds:
         n, item = self.tokens(c, b), nbytes(self.dtype)
-        collective = self.ring((t, 1)).gather(n * self.shape.hidden * item)
+        collective = self.tensor_exposed * self.ring((t, 1)).gather(n * self.shape.hidden * item)
         moved = self.stream(2 * n * self.shape.hidden / t, item)
         return LayerSeconds((0.0, 0.0, 0.0), elementwise=(moved, moved), tensor=(collective, collective))
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from cost_models.attention import Algorithm, AttentionShape, RingRates, attention_bytes, ring_seconds
 from cost_models.attention_choice import choose, scenarios
+from cost_models.compute import peak_flops
 from ir.decoder import DecoderShape
 from ir.serving import Exchange, ServingLayout
 from ir.topology import Link, Topology
@@ -64,6 +65,14 @@ class ServingRates:
     )
     decode_message: float = 32.3e-6  # table 8, SendRecv, 128K and one sequence
     decode_return: float = 81.1e-6  # table 8, All2All, 128K and one sequence
+    # 0 or 1 on the published machine, whose devices have cards of their own; planner calibrate measures them
+    card_sharing: float = 1.0  # as cost_models.calibration.Calibration
+    message_seconds: float = 0.0  # of a message between context ranks beyond its bytes
+    all_to_all_seconds: float = 0.0  # of an all-to-all beyond its bytes
+    kernel_seconds: float = 0.0  # of a partial attention of a prompt beyond its FLOP
+    source: str = (
+        "fitted on arXiv 2411.01783 (Llama 3 405B, H100), rows marked fit; benchmarks/context_parallel.py"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,13 +96,26 @@ class Server:
         return AttentionShape(heads, kv, self.shape.head_dim, _ITEM[layout.cache])
 
     def ring_rates(self, layout: ServingLayout) -> tuple[RingRates, ...]:
-        """The range of rates of attention and of the links between context ranks, most first."""
-        peak, between = self.topology.device.flops["bf16"], self._link(layout).bandwidth
+        """The range of rates of attention and of the links between context ranks, most first.
+
+        With m of c context ranks in each host, a host has one sender of m to its neighbour, and c - m of
+        the c - 1 blocks of an all-to-all leave the host.
+        """
+        rates, between = self.rates, self._link(layout).bandwidth
+        peak = peak_flops(self.topology.device, "bf16")
+        m = max(1, self.topology.host_size // layout.tensor)
+        spread = layout.context > m
+        alone = min(rates.card_sharing, m) if spread else 1.0
+        fewer = (layout.context - 1) / (layout.context - m) if spread else 1.0
         low, high = (
             RingRates(
-                peak * self.rates.attention_efficiency[end],
-                between * self.rates.send_efficiency[end],
-                between * self.rates.all_to_all_efficiency[end],
+                peak * rates.attention_efficiency[end],
+                between * rates.send_efficiency[end] * alone,
+                between * rates.all_to_all_efficiency[end] * fewer,
+                message_seconds=rates.message_seconds,
+                all_to_all_seconds=rates.all_to_all_seconds,
+                kernel_seconds=rates.kernel_seconds,
+                card_ranks=round(alone),
             )
             for end in (0, 1)
         )
@@ -123,15 +145,16 @@ class Server:
     def prefill(self, layout: ServingLayout, new: int, cached: int, exchange: Exchange) -> dict[str, float]:
         """Seconds to the first token by purpose."""
         rates, c, layers = self.rates, layout.context, self.shape.layers
-        peaks = self.topology.device.flops
+        device = self.topology.device
         wide, narrow = self.gemm_flops()
-        fast = peaks.get("fp8", peaks["bf16"]) if layout.weights == "fp8_row" else peaks["bf16"]
+        slow = peak_flops(device, "bf16")
+        fast = peak_flops(device, "fp8") if layout.weights == "fp8_row" else slow
         tokens = -(-new // c)
         share = -(-tokens // rates.gemm_tile) * rates.gemm_tile / layout.tensor
         algorithm: Algorithm = "pass_kv" if exchange == "none" else exchange
         ring = ring_seconds(algorithm, self.head_shape(layout), new, cached, c, self.ring_rates(layout)[0])
         terms = {
-            "gemm": share * (wide / peaks["bf16"] + narrow / fast) / rates.gemm_efficiency,
+            "gemm": share * (wide / slow + narrow / fast) / rates.gemm_efficiency,
             "attention": layers * ring.terms["attention"],
             "context_exposed": layers * (ring.terms["exposed"] + ring.terms["return"]),
             "tensor": 2 * layers * self.all_reduce(layout.tensor, new / c * self.shape.hidden * _WIDE),

@@ -32,10 +32,17 @@ _NETWORK = ("tensor_parallel", "context_parallel", "pipeline_parallel", "data_pa
 
 @dataclass(frozen=True, slots=True)
 class LlmParallelism:
-    """Choose how a decoder is trained."""
+    """Choose how a decoder is trained.
+
+    Attributes:
+        calibration: constants of the cost models; default those of the device kind.
+        tensor_exposed: share of the tensor-parallel collectives that the trainer does not hide behind its GEMMs; less
+            than 1 for kernels that cut both into parts (asynchronous tensor parallelism).
+    """
 
     name: ClassVar[str] = "llm_parallelism"
     calibration: Calibration | None = None
+    tensor_exposed: float = 1.0
 
     def run(self, program: Program) -> Program:
         """Fill ``decisions.parallelism``, tables (none), memory, timeline and certificate.
@@ -44,7 +51,7 @@ class LlmParallelism:
             InputError: no decoder, or tokens that are no whole number of sequences.
             InfeasibleError: no legal layout fits.
         """
-        training = problem(program, self.calibration)
+        training = replace(problem(program, self.calibration), tensor_exposed=self.tensor_exposed)
         limit = memory_limit(program)
         rules = program.options.constraints.parallelism or ParallelismConstraints()
         ranked, report = search(training, limit, rules)

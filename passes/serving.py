@@ -13,7 +13,9 @@ from itertools import product
 from typing import ClassVar
 
 from cost_models.attention_choice import crossover
-from cost_models.serving import Server
+from cost_models.calibration import Calibration
+from cost_models.serving import Server, ServingRates
+from cost_models.serving_calibration import serving_rates
 from cost_models.timeline import TimedOp, schedule
 from ir.errors import InfeasibleError, InputError
 from ir.llm import DecoderModel
@@ -37,9 +39,16 @@ class _Priced:
 
 @dataclass(frozen=True, slots=True)
 class ServeDecoder:
-    """Choose how a decoder is served."""
+    """Choose how a decoder is served.
+
+    Attributes:
+        rates: what the machine reaches; default from ``calibration``, or those of the device kind.
+        calibration: constants that ``planner calibrate`` measured.
+    """
 
     name: ClassVar[str] = "serving"
+    rates: ServingRates | None = None
+    calibration: Calibration | None = None
 
     def run(self, program: Program) -> Program:
         """Fill ``decisions.serving``, tables (none), memory, timeline and certificate.
@@ -52,7 +61,8 @@ class ServeDecoder:
         if not isinstance(model, DecoderModel):
             raise InputError(f"{model.name} is no decoder; serving is planned for decoders only")
         request = program.options.constraints.serving or ServingRequest()
-        server = Server(model.shape, program.topology)
+        rates = self.rates or serving_rates(program.topology, self.calibration)
+        server = Server(model.shape, program.topology, rates)
         limit = _limit(program)
         chosen, others, counts = _search(server, request, limit)
         ranks = chosen.layout.ranks
@@ -226,9 +236,7 @@ def _note(chosen: _Priced, other: _Priced) -> str:
 
 def _assumptions(server: Server) -> tuple[Assumption, ...]:
     rates = server.rates
-    source = (
-        "fitted on arXiv 2411.01783 (Llama 3 405B, H100), rows marked fit; benchmarks/context_parallel.py"
-    )
+    published = rates.source == ServingRates().source
     named = {
         "serving.gemm_efficiency": f"{rates.gemm_efficiency:g} of the peak of the format",
         "serving.launch": f"{format_seconds(rates.launch_seconds)} a layer",
@@ -236,8 +244,8 @@ def _assumptions(server: Server) -> tuple[Assumption, ...]:
         "serving.cached_prefix": f"{format_seconds(rates.cached_seconds)} a layer",
         "serving.decode_merge": f"{format_seconds(rates.decode_merge)} a layer",
     }
-    read = "arXiv 2411.01783, tables 5 and 8"
-    found = [Assumption(name, value, source) for name, value in named.items()]
+    read = "arXiv 2411.01783, tables 5 and 8" if published else rates.source
+    found = [Assumption(name, value, rates.source) for name, value in named.items()]
     low, high = rates.send_efficiency
     found.append(Assumption("serving.send", f"{low:g} to {high:g} of the link between hosts", read))
     low, high = rates.attention_efficiency

@@ -57,12 +57,16 @@ class Plan(ir.plan.Plan):
         tower modules (:func:`codegen.towers.tower_model`); where it joins several of towers, deduplication, codecs,
         formats and tiers, by :func:`codegen.composed.composed_model`. Without one: in this process, in the plan's
         number formats (:func:`codegen.formats.apply`). A decoder's training plan takes the default group
-        (:func:`codegen.llm.parallel_model`).
+        (:func:`codegen.llm.parallel_model`), its serving plan too (:func:`codegen.serving.served_decoder`).
         """
         if self.decisions.parallelism is not None:
             from codegen.llm import parallel_model
 
             return parallel_model(self, module)
+        if self.decisions.serving is not None:
+            from codegen.serving import served_decoder
+
+            return served_decoder(self, module)
         if process_group is None:
             from codegen.formats import apply
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def serving_pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
-    """The passes that plan how a decoder is served; their constants are :class:`cost_models.serving.ServingRates`."""
+    """The passes that plan how a decoder is served, with :func:`cost_models.serving_calibration.serving_rates`."""
     from passes.serving import ServeDecoder
 
-    return (ServeDecoder(),)
+    return (ServeDecoder(calibration=calibration),)
 
 
 def serving_inputs(

@@ -14,12 +14,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import planner
-from benchmarks.context_parallel import DATA, LLAMA, RDMA, TCP, TCP_SHARE, errors, fit, layout, rows
+from benchmarks.context_parallel import (
+    DATA,
+    H100_500W,
+    LLAMA,
+    RDMA,
+    TCP,
+    TCP_SHARE,
+    errors,
+    fit,
+    layout,
+    rows,
+)
 from codegen.vllm import emit_vllm
+from cost_models.calibration import CPU
 from cost_models.serving import Server, ServingRates
+from cost_models.serving_calibration import AttentionTime, fit_attention, serving_rates
 from ir.errors import InfeasibleError, InputError
 from ir.llm import DecoderModel
 from ir.serving import Serving, ServingRequest
+from ir.topology import Level, Link, Topology
 from planner.cli import cli
 from planner.models import resolve
 from planner.plan import Plan
@@ -137,6 +151,31 @@ def test_latencies_behave(new: int, cached: int, context: int) -> None:
     assert sum(server.decode(one, new + cached, 1).values()) <= sum(
         server.decode(one, new + cached, 64).values()
     )
+
+
+def test_a_machine_without_bf16_is_served_at_its_fp32_rate() -> None:
+    plan = served(resolve("llama-tiny").model, "local-4", new=64, output=8, context=4, tensor=1)
+    assert faults(plan) == []
+    assert section(plan).chosen.exchange != "none"
+
+
+def test_rates_of_a_calibrated_cluster() -> None:
+    """Two hosts of two ranks that share a card of 100 B/s, which one rank alone gets whole."""
+    host, card = Level("host", 2, Link("loopback", 1e4)), Level("cluster", 2, Link("ethernet", 50.0, 1e-3))
+    topology = Topology("small", replace(H100_500W, kind="cpu", flops={"fp32": 1e12}), (host, card))
+    calibration = replace(CPU, card_sharing=2.0, network_efficiency=0.8)
+    # 1 ms and 2e11 FLOP/s, measured exactly
+    times = [AttentionTime(flops, 1e-3 + flops / 2e11) for flops in (1e8, 1e9, 4e9)]
+    rates = serving_rates(topology, calibration, times)
+    assert fit_attention(times) == pytest.approx((1e-3, 2e11, 2e11))
+    ring = Server(LLAMA, topology, rates).ring_rates(layout(1, 4))[0]
+    assert ring.attention_flops == pytest.approx(2e11)
+    assert ring.send_bandwidth == pytest.approx(100.0)  # one rank of a host sends to the next host
+    # of 3 blocks 2 leave the host, and both ranks send: 4 blocks through 100 B/s
+    assert 3 / ring.all_to_all_bandwidth == pytest.approx(4 / 100.0)
+    assert (ring.message_seconds, ring.card_ranks) == (1e-3, 2)
+    with pytest.raises(InputError, match="at least two sizes"):
+        fit_attention(times[:1])
 
 
 def test_vllm_names_and_rules(big: DecoderModel) -> None:

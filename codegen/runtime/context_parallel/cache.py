@@ -15,7 +15,7 @@ class KVCache:
     Args:
         sequences: of the batch.
         kv_heads, head_dim: of one rank, G and D.
-        dtype, device: of keys and values.
+        dtype, device: of keys and values; float8 keeps values without a scale, saturated at its largest.
 
     A sequence's buffer doubles when it is full, so that appending one token costs O(1) on average.
     """
@@ -50,8 +50,8 @@ class KVCache:
                 continue
             used = self._used[sequence]
             buffer = self._room(sequence, used + count)
-            buffer[used : used + count, 0] = k[start : start + count].detach()
-            buffer[used : used + count, 1] = v[start : start + count].detach()
+            buffer[used : used + count, 0] = _saturated(k[start : start + count].detach(), buffer.dtype)
+            buffer[used : used + count, 1] = _saturated(v[start : start + count].detach(), buffer.dtype)
             self._used[sequence] = used + count
             start += count
 
@@ -73,3 +73,9 @@ class KVCache:
     def bytes(self) -> int:
         """Bytes in use on this rank."""
         return sum(view.numel() * view.element_size() for view in self.local)
+
+
+def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` within what ``dtype`` holds; a float8 conversion of more would be NaN."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest) if dtype.itemsize == 1 else x

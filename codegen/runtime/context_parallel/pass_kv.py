@@ -45,7 +45,7 @@ def pass_kv(ring: Ring, q: Tensor, kv: Sequence[Tensor], trace: Trace | None = N
 
 
 def _no_keys(ring: Ring) -> Tensor:
-    return torch.empty(0, 2, ring.kv_heads, ring.head_dim, dtype=ring.dtype, device=ring.device)
+    return torch.empty(0, 2, ring.kv_heads, ring.head_dim, dtype=ring.cache, device=ring.device)
 
 
 def _forward(ring: Ring, q: Tensor, block: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ class Ring:
         scale: of the scores, default head_dim ** -0.5.
         kernel: "auto", "flash" or "blockwise" (:mod:`kernels`).
         check: compare the layout between ranks once, which is a collective call.
+        cache: of kept keys and values where it is another type than ``dtype``, such as float8; they travel in it and
+            are widened where they are attended to.
 
     Raises:
         InputError: head counts that do not divide, a placement for another number of ranks, or ranks that
@@ -59,11 +61,13 @@ class Ring:
         scale: float | None = None,
         kernel: str = "auto",
         check: bool = True,
+        cache: torch.dtype | None = None,
     ) -> None:
         self.queries = queries
         self.keys = queries if keys is None else keys
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.dtype, self.device = dtype, torch.device(device)
+        self.cache = cache or dtype
         self.group = group
         self.causal, self.check = causal, check
         if min(heads, kv_heads, head_dim) < 1 or heads % kv_heads:
@@ -107,6 +111,7 @@ class Ring:
             scale=self.scale,
             kernel=self.kernel_name,
             check=False,
+            cache=self.cache,
         )
 
     def _agree(self) -> None:
@@ -165,14 +170,18 @@ class Ring:
                 f"kv has {len(kv)} sequences but the layout has {len(counts)}; give one tensor each"
             )
         for sequence, (part, count) in enumerate(zip(kv, counts, strict=True)):
-            self.check_tensor(f"kv of sequence {sequence}", part, (count, 2, self.kv_heads, self.head_dim))
+            shape = (count, 2, self.kv_heads, self.head_dim)
+            self.check_tensor(f"kv of sequence {sequence}", part, shape, self.cache)
 
-    def check_tensor(self, what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-        """Raise InputError unless ``tensor`` has this shape and the type of the ring."""
-        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
+    def check_tensor(
+        self, what: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> None:
+        """Raise InputError unless ``tensor`` has this shape and type, by default that of the ring."""
+        wanted = dtype or self.dtype
+        if tuple(tensor.shape) != shape or tensor.dtype != wanted:
             raise InputError(
                 f"{what} on rank {self.rank} is {tuple(tensor.shape)} of {tensor.dtype}, but the layout "
-                f"gives this rank {shape} of {self.dtype}; shard the batch with the placement of the ring"
+                f"gives this rank {shape} of {wanted}; shard the batch with the placement of the ring"
             )
 
     def split_keys(self, packed: Tensor, rank: int) -> list[Tensor]:
@@ -188,7 +197,7 @@ class Ring:
             first = starts[sequence]
             for part in parts:
                 a, b = first + part.rows[0], first + part.rows[1]
-                block = kv[sequence][part.keys[0] : part.keys[1]]
+                block = kv[sequence][part.keys[0] : part.keys[1]].to(self.dtype)
                 out, lse = self.kernel.forward(q[a:b], block[:, 0], block[:, 1], part, self.scale)
                 sums.add(a, b, out, lse)
 
