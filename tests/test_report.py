@@ -17,11 +17,14 @@ from click.testing import CliRunner
 
 import planner
 from benchmarks._tables import builtin
+from codegen.runtime.spans import Span
 from ir.errors import InputError
 from ir.ops import EmbeddingTable
 from ir.program import Model
 from planner.cli import cli
 from planner.report import render_report, write_report
+from planner.report_measured import Measured
+from planner.report_pareto import BudgetPoint, memory_sweep
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -33,7 +36,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def plan() -> planner.Plan:
-    return planner.compile("dlrm-dcnv2", "h100-2x8")
+    return planner.compile("dlrm-dcnv2", "h100-2x8", time_limit=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,9 @@ def large() -> planner.Plan:
     records = tuple(EmbeddingTable(t.name, t.rows, t.dim, (f"f_{t.name}",)) for t in tables)
     stats = {f"f_{t.name}": planner.FeatureStats(pooling_factor=t.pooling) for t in tables}
     workload = planner.Workload(features=stats)
-    return planner.compile(Model("856", records, ()), "h100-16x8", workload, objective="bottleneck")
+    return planner.compile(
+        Model("856", records, ()), "h100-16x8", workload, objective="bottleneck", time_limit=0.3
+    )
 
 
 class Checker(HTMLParser):
@@ -99,6 +104,42 @@ def test_bad_measurements_are_named(plan: planner.Plan, tmp_path: Path) -> None:
     assert not (tmp_path / "r.html").exists()
 
 
+MEASURED = Measured(
+    steps=(0.011, 0.010),
+    spans=tuple(
+        Span(rank, phase, stream, start / 1e3, (rank + 2) / 1e3)
+        for rank in (0, 1)
+        for phase, stream, start in (("lookup_forward", "compute", 0), ("gradient_dist", "network", 4))
+    ),
+)
+SWEEP = (
+    BudgetPoint(64 * 10**9, 10 * 10**9, 0.003, 0.001, 0.0009),
+    BudgetPoint(8 * 10**9, 7 * 10**9, 0.0035, 0.0012, 0.0009),
+    BudgetPoint(10**9, reason="the tables need more"),
+)
+
+
+def test_a_sweep_keeps_each_budget_and_ends_where_nothing_fits() -> None:
+    tables = tuple(EmbeddingTable(f"t{i}", 10**6 >> i, 64, (f"f{i}",)) for i in range(5))
+    model = Model("five", tables, ())
+    made = planner.compile(model, "h100-1x2", planner.Workload(global_batch=4096), time_limit=0.5)
+    sweep = memory_sweep(made, model=model, points=4, time_limit=0.5)
+    assert (sweep[0].used, sweep[0].step) == (max(r.total for r in made.memory), made.timeline.step)
+    budgets = [point.budget for point in sweep]
+    assert budgets == sorted(budgets, reverse=True)
+    for point in sweep[1:]:
+        if point.used is None or point.objective is None or point.lower_bound is None:
+            assert point is sweep[-1]
+            assert point.reason
+            continue
+        assert point.used <= point.budget
+        assert point.objective >= max(point.lower_bound, made.certificate.lower_bound) * (1 - 1e-9)
+    # the last budget is less than the weights alone
+    assert sweep[-1].step is None
+    with pytest.raises(InputError, match="needs tables"):
+        memory_sweep(replace(made, table_plans=()), model=model)
+
+
 # Runs in the page, as a person would use it, and writes what it saw where --dump-dom shows it.
 USE = """
 <script>
@@ -117,10 +158,13 @@ USE = """
   seen.largest = all('#rows tr')[0].children[1].textContent;
   all('#columns button')[1].click();
   seen.smallest = all('#rows tr')[0].children[1].textContent;
-  seen.events = all('#timeline rect').length;
+  seen.events = all('#timeline > svg:first-of-type rect').length;
   seen.ranks = all('#memory g').length;
   seen.devices = all('.devices i').length;
   $('#phase').value = '1'; $('#phase').dispatchEvent(new Event('change'));
+  seen.spans = all('#spans rect').length;
+  seen.phases = all('#phases tbody tr').map(r => [...r.children].map(c => c.textContent));
+  seen.fronts = all('#fronts circle').length;
   seen.coloured = all('.devices i').every(c => c.style.background.startsWith('rgb'));
   const box = document.createElement('pre');
   box.id = 'seen'; box.textContent = JSON.stringify(seen);
@@ -153,7 +197,7 @@ def in_browser(page: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_alive_in_a_browser(plan: planner.Plan, large: planner.Plan, tmp_path: Path) -> None:
     for made, name in ((plan, "C20"), (large, large.table_plans[17].name)):
-        page = render_report(made, sensitivity=False)
+        page = render_report(made, measured=MEASURED, sensitivity=False, sweep=SWEEP)
         folder = tmp_path / made.model.name.replace("/", "_")
         folder.mkdir()
         seen = in_browser(page + USE.replace("NAME", json.dumps(name)), folder)
@@ -169,6 +213,10 @@ def test_alive_in_a_browser(plan: planner.Plan, large: planner.Plan, tmp_path: P
         assert seen["events"] == sum(e.duration > 0 for e in made.timeline.events)
         assert seen["devices"] == made.world_size
         assert seen["coloured"]
+        assert seen["spans"] == len(MEASURED.spans)
+        assert seen["fronts"] == len(SWEEP) - 1  # nothing fits the last budget
+        row = next(row for row in seen["phases"] if row[0] == "gradient_dist")
+        assert row[2:4] == ["3 ms", "2 ms"]  # the slowest and the fastest rank
 
 
 def test_command_line_with_a_measured_run(plan: planner.Plan, tmp_path: Path) -> None:

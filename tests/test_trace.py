@@ -22,7 +22,7 @@ from planner.trace import MOST_CLASSES, rank_classes, write_plan_trace
 
 @pytest.fixture(scope="module")
 def plan() -> planner.Plan:
-    return planner.compile("dlrm-dcnv2", "h100-2x8")
+    return planner.compile("dlrm-dcnv2", "h100-2x8", time_limit=0.3)
 
 
 def events_of(path: Path) -> list[dict[str, Any]]:
