@@ -34,7 +34,7 @@ from cost_models.collectives import Network, all_reduce, all_to_all, network
 from cost_models.compute import BACKWARD_FACTOR, gemm_seconds, stream_seconds
 from cost_models.gemm_formats import format_seconds
 from cost_models.placed import rank_seconds
-from cost_models.shared import framework_seconds, phase_seconds, shared_seconds
+from cost_models.shared import framework_seconds, phase_seconds, shared_seconds, staging_seconds
 from cost_models.step import DenseReduction, dense_seconds, ring_reduction
 from cost_models.timeline import TimedOp, schedule
 from ir.dtypes import nbytes
@@ -161,6 +161,8 @@ def tower_seconds(
     received = samples / count * item * (total - narrowest)
     link = _in_tower_seconds(sent, inside, topology, calibration)
     peer = max(out, received) / net.inter + (net.latency if count > 1 else 0.0)
+    if topology.device.kind == "cpu" and count > 1:  # as the flat exchange: packed, and laid out by feature
+        peer += staging_seconds(samples * widest * item, topology.device.tiers[0].read_bandwidth, calibration)
     forward = max(_module_seconds(tower, kind, samples, workload, topology, calibration) for tower in towers)
     train = mode == "train"
     phases = {
