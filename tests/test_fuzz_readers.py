@@ -39,7 +39,8 @@ from planner.calibrate import load_calibration
 from planner.diff import diff_plans, render_diff
 from planner.explain import explain_plan, explain_rank, explain_table
 from planner.render import summary, to_text
-from planner.report import _measured, render_report
+from planner.report import render_report
+from planner.report_measured import read_measured
 from planner.verification import verify
 
 CASES = int(os.environ.get("FUZZ", "60"))
@@ -263,7 +264,7 @@ READERS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
         lambda path: [load_tables(path), load_tables(f"{path}#small"), load_tables(f"{path}#flat")],
     ),
     "trace.json": (TRACE, lambda path: json.dumps(measured_events([path]), allow_nan=False)),
-    "run.json": (RUN, lambda path: json.dumps(_measured(path), allow_nan=False)),
+    "run.json": (RUN, lambda path: json.dumps(dump_record(read_measured(path)), allow_nan=False)),
     "manifest.json": (SHAPE, _manifest),
     "latest.json": (LATEST, _latest),
     "growth.json": (GROWTH, _as_file(lambda data, what: schedule(parse_record(GrowthRequest, data, what)))),
