@@ -135,15 +135,18 @@ class Polisher:
             self._rebuild(best.choice, theta * self.bound)
             self._exchange(theta * self.bound)
             self._record(best)
-        if not best.placement:
-            return  # the choice does not fit
+        if best.placement:  # else the choice does not fit
+            self.refine(best, stop)
+
+    def refine(self, best: Incumbent, stop: float, temperatures: Sequence[float] = TEMPERATURES) -> None:
+        """The same from the placement of ``best``, without placing its choice anew."""
         self._load(best)
         self._menu = {t: self._options(t, best.value) for t in range(self.compiled.tables)}
         if not any(self._menu.values()):
             return  # every option of every table is too large for a better solution
         turn = 0
         while not self.budget.spent() and best.value > self.bound * (1 + stop):
-            tau = TEMPERATURES[turn % len(TEMPERATURES)] * self.bound
+            tau = temperatures[turn % len(temperatures)] * self.bound
             turn += 1
             self._step(tau)
             if turn % EXCHANGE_EVERY == 0:

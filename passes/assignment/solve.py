@@ -24,10 +24,14 @@ Effort = Literal["quick", "normal", "thorough"]
 PACKING_SHARE = 0.4  # of the work, with several phases; the rest polishes the phases
 PACKING_TABLES = 400  # tables up to which the packing bound is computed (seconds at most)
 WHOLE_TABLES = 64  # tables up to which it is computed with whole options
-PHASE_TABLES = 3000  # tables up to which the linear program is solved (seconds at most)
+FEW_TABLES = 64  # tables up to which, with several phases, the first search has the whole work
+FIRST_MANY = 0.2  # its share with more
+SECOND = 0.8  # share of the work for placements fitted to the phases
+MOST_WORK = 12.0  # seconds that a normal effort spends at most with several phases
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
 FAR = 0.15  # relative gap above which a quick search goes on as a normal one
+AVERAGES = "average load and largest piece"
 OPTIMAL = 1e-6  # relative gap below which a solution is called optimal
 
 
@@ -61,15 +65,29 @@ def solve(
     tell(float("inf"), bound)
     warm = incumbent_of(compiled, start) if start is not None else Incumbent()
     best, work = warm, 0.0
+    several = len(problem.phases) > 1 and effort != "quick"
+    first = FIRST_MANY if several and compiled.tables > FEW_TABLES else 1.0
     for allowed in ("quick", "normal") if effort == "quick" else (effort,):
-        budget = Budget(min(time_limit, _allowance(compiled, allowed)))
+        budget = Budget(min(time_limit, _allowance(compiled, allowed)) * first)
         found = _search(compiled, bound, relaxed.price, budget, seed, stop_gap, warm)
         best, work = min(found, best, key=lambda known: known.value), work + budget.work
         if best.value <= bound * (1 + FAR):
             break  # else a quick search that ends far from the bound has most likely missed something
     if not best.choice:
         raise infeasible.give_up(compiled)
-    bound, method = _tighten(compiled, bound, best.value, effort)
+    method = AVERAGES
+    if effort != "quick" and best.value > bound * (1 + OPTIMAL):
+        tell(best.value, bound)
+        if several:
+            from passes.assignment.by_phase import improve  # OR-Tools takes a second to load
+
+            budget = Budget(min(time_limit, _allowance(compiled, effort)) * SECOND)
+            proved, how = improve(compiled, best, budget, seed, stop_gap)
+            work += budget.work
+        else:
+            proved, how = _tighten(compiled, bound, best.value, effort)
+        if proved > bound:
+            bound, method = proved, how
     tell(best.value, bound)
     return finish(problem, best, bound, method, work)
 
@@ -103,24 +121,10 @@ def _search(
 
 
 def _tighten(compiled: Compiled, bound: float, value: float, effort: Effort) -> tuple[float, str]:
-    """The best bound that the effort pays for, and what proved it."""
-    method = "average load and largest piece"
-    if effort == "quick" or value <= bound * (1 + OPTIMAL):
-        return bound, method
-    # imported here: OR-Tools takes a second to load
-    if len(compiled.problem.phases) > 1:
-        from passes.assignment.phase_bound import phase_bound, whole_phase_bound
+    """The best bound for one phase that the effort pays for, and what proved it."""
+    from passes.assignment.packing_bound import PackingBound  # OR-Tools takes a second to load
 
-        for prove, limit, solver in (
-            (phase_bound, PHASE_TABLES, "GLOP"),
-            (whole_phase_bound, WHOLE_TABLES, "SCIP, whole options"),
-        ):
-            phased = prove(compiled, value) if compiled.tables <= limit else 0.0
-            if phased > bound:
-                bound, method = phased, f"program over options and phase lengths ({solver})"
-        return bound, method
-    from passes.assignment.packing_bound import PackingBound
-
+    method = AVERAGES
     for integral, limit in ((False, PACKING_TABLES), (True, WHOLE_TABLES)):
         if compiled.tables > limit or (integral and effort != "thorough"):
             continue
@@ -138,7 +142,7 @@ def _allowance(compiled: Compiled, effort: Effort) -> float:
     pieces = 4.0 * compiled.tables
     packing = (1e-6 * pieces + 2e-5) * (SEVERAL if len(compiled.problem.phases) > 1 else 1.0)
     if effort == "normal":
-        return packing * 4000
+        return min(packing * 4000, MOST_WORK) if len(compiled.problem.phases) > 1 else packing * 4000
     # a few dozen tables settle in a few hundred packings, a hundred and more do not
     few = min(max(20 * compiled.problem.ranks, 320), 1500)
     return packing * (few if compiled.tables <= 40 else 4000)
