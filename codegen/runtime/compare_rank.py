@@ -117,9 +117,9 @@ def _train_alone(
     plan: Plan,
     before: Mapping[str, float],
     setting: tuple[int, int, float, Optimizer, int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> _Run:
-    """Train the unsharded model on the batches of the sharded run, in ``dtype``."""
+    """Train the unsharded model on the batches of the sharded run, in ``dtype`` (None: in its own types)."""
     batch, seed, lr, optimizer, steps = setting
     module, example = spec.build(seed)
     if checksums(module) != before:
@@ -128,11 +128,12 @@ def _train_alone(
             "compared; let it draw its weights from torch's global random state"
         )
     batches = RandomBatches(module, plan.table_plans, plan.workload, batch, example)
-    alone = unsharded_model(plan, module.to(dtype), optimizer, lr)
+    alone = unsharded_model(plan, module if dtype is None else module.to(dtype), optimizer, lr)
     initial = {name: value.detach().clone() for name, value in module.named_parameters()}
     outputs, losses, seconds = [], [], []
     for step in range(steps):
-        whole = batches(step_seed(seed, step)).to(dtype)
+        whole = batches(step_seed(seed, step))
+        whole = whole if dtype is None else whole.to(dtype)
         start = time.perf_counter()
         found, loss = train_step(alone, whole)
         seconds.append(time.perf_counter() - start)
@@ -172,7 +173,7 @@ def _compare_alone(
     """
     outputs, losses, weights = sharded_run
     whole_setting = (*setting, len(losses))
-    alone = _train_alone(spec, plan, before, whole_setting, torch.float32)
+    alone = _train_alone(spec, plan, before, whole_setting, None)
     sharded = _Run(outputs, [torch.tensor(loss) for loss in losses], alone.initial, weights, [])
     found = _differences(sharded, alone)
     limits = {"updates": UPDATE_TOLERANCE}
