@@ -5,8 +5,8 @@
 A DLRM trains on MovieLens-100K and on a stream of Criteo's shape, on the emulated cluster (2 hosts x 2 ranks).
 The link speed is chosen so that the exchange of vectors and gradients is about half of the uncompressed step: the
 step is timed on fast links first, and the card's speed follows from the bytes. The share that was really
-reached is measured and printed. Then every variant trains from the same weights on the same batches, seed by seed.
-The published figure is 1.38x for training a DLRM on 32 A100 (arXiv 2407.04272).
+reached is measured and printed. The cluster at that speed is calibrated with `planner calibrate`, and every variant
+trains from the same weights on the same batches, seed by seed. The published figure is 1.38x for training a DLRM on 32 A100 (arXiv 2407.04272).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 import planner
-from benchmarks._cluster_run import run_worker
+from benchmarks._cluster_run import calibrate, run_worker
 from benchmarks._compressed_worker import DATA, DIM, EPS, loss_of
 from benchmarks._report import Report
 from benchmarks.cluster import Cluster, ClusterUnavailable
-from cost_models.calibration import CPU
+from cost_models.calibration import CPU, Calibration
 from ir.compression import CodecName, CompressionRequest
 from ir.constraints import Constraints, TableConstraint
 from ir.topology import Level, Link, Topology
@@ -82,7 +83,9 @@ def sampled(name: str) -> tuple[Workload, Any, Any]:
     return replace(work, optimizer="adagrad"), samples, speeds
 
 
-def variants(name: str, topology: Topology, sample: tuple[Workload, Any, Any]) -> dict[str, planner.Plan]:
+def variants(
+    name: str, topology: Topology, sample: tuple[Workload, Any, Any], constants: Calibration
+) -> dict[str, planner.Plan]:
     """Uncompressed, TorchRec with fp16, and compressed, with the same tables on the same ranks."""
     work, samples, speeds = sample
     module = DATA[name](0).model("meta")
@@ -101,8 +104,6 @@ def variants(name: str, topology: Topology, sample: tuple[Workload, Any, Any]) -
         ),
         "compressed": Constraints(tables=tables, compression=replace(coded, engine="fastest")),
     }
-    # a token bucket passes what it is set to; all else of the cost models stays uncalibrated
-    constants = replace(CPU, network_efficiency=1.0, source="uncalibrated, links at their set rate")
     return {
         which: planner.compile(module, topology, work, constraints=constraint, calibration=constants)
         for which, constraint in wanted.items()
@@ -116,9 +117,14 @@ def exchanged(name: str, tables: int) -> float:
 
 
 def run(
-    name: str, inter: str, plans: Mapping[str, planner.Plan], seeds: Sequence[int], steps: int, score: bool
+    name: str,
+    cluster: Cluster,
+    plans: Mapping[str, planner.Plan],
+    seeds: Sequence[int],
+    steps: int,
+    score: bool,
 ) -> dict[str, list[dict[str, float]]]:
-    """Train every plan for every seed on a cluster of that speed."""
+    """Train every plan for every seed."""
     settings = {
         "data": name,
         "plans": {which: plan.to_dict() for which, plan in plans.items()},
@@ -128,8 +134,7 @@ def run(
         "lr": LR[name],
         "score": score,
     }
-    with Cluster(HOSTS, RANKS, inter) as cluster:
-        found: dict[str, list[dict[str, float]]] = run_worker(cluster, WORKER, settings)
+    found: dict[str, list[dict[str, float]]] = run_worker(cluster, WORKER, settings)
     return found
 
 
@@ -137,14 +142,17 @@ def one_data_set(report: Report, name: str, quick: bool) -> None:
     """Rows and claims of one data set."""
     sample = sampled(name)
     tables = len(sample[0].features)
-    first = variants(name, machine(1e8), sample)
-    fast = run(name, FAST, {"uncompressed": first["uncompressed"]}, [0], 25, score=False)
+    plain = {"uncompressed": variants(name, machine(1e8), sample, CPU)["uncompressed"]}
+    with Cluster(HOSTS, RANKS, FAST) as cluster:
+        fast = run(name, cluster, plain, [0], 25, score=False)
     rest = fast["uncompressed"][0]["step"]
     speed = exchanged(name, tables) / rest  # bytes/s at which the exchange lasts as long as everything else
     inter = f"{8 * speed / 1e6:.0f}Mbps"
-    plans = variants(name, machine(speed), sample)
     seeds = range(2 if quick else 5)
-    found = run(name, inter, plans, seeds, 20 if quick else STEPS[name], score=True)
+    with tempfile.TemporaryDirectory() as folder, Cluster(HOSTS, RANKS, inter) as cluster:
+        topology, constants = calibrate(cluster, Path(folder) / f"{inter}.yaml")
+        plans = variants(name, topology, sample, constants)
+        found = run(name, cluster, plans, seeds, 20 if quick else STEPS[name], score=True)
     step = {which: statistics.median(one["step"] for one in runs) for which, runs in found.items()}
     auc = {which: np.array([one["auc"] for one in runs]) for which, runs in found.items()}
     share = 1 - rest / step["uncompressed"]

@@ -29,13 +29,13 @@ html_show_copyright = False
 
 def publish_schemas(app: Any, exception: Exception | None) -> None:
     """``schemas/NAME.json`` in the site: what ``planner schema NAME`` prints."""
-    from planner.schema import RECORDS, json_schema
+    from planner.schema import json_schema, names
 
     if exception is not None or app.builder.format != "html":
         return
     folder = Path(app.outdir) / "schemas"
     folder.mkdir(exist_ok=True)
-    for name in RECORDS:
+    for name in names():
         (folder / f"{name}.json").write_text(json.dumps(json_schema(name), indent=2) + "\n")
 
 
