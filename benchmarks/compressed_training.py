@@ -6,7 +6,8 @@ A DLRM trains on MovieLens-100K and on a stream of Criteo's shape, on the emulat
 The link speed is chosen so that the exchange of vectors and gradients is about half of the uncompressed step: the
 step is timed on fast links first, and the card's speed follows from the bytes. The share that was really
 reached is measured and printed. The cluster at that speed is calibrated with `planner calibrate`, and every variant
-trains from the same weights on the same batches, seed by seed. The published figure is 1.38x for training a DLRM on 32 A100 (arXiv 2407.04272).
+trains from the same weights on the same batches, seed by seed. The published figure is 1.38x for training a DLRM on
+32 A100 (arXiv 2407.04272).
 """
 
 from __future__ import annotations
