@@ -16,10 +16,10 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, list(arguments), catch_exceptions=False)
 
 
-@pytest.fixture
-def tables(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table list of eight tables."""
-    file = tmp_path / "tables.json"
+    file = tmp_path_factory.mktemp("tables") / "tables.json"
     rows = [50_000, 20_000, 3, 900, 7_000, 40, 12_000, 100]
     entries = [
         {"name": f"t{i}", "rows": n, "dim": 32, "pooling_factor": i % 3 + 1} for i, n in enumerate(rows)
@@ -28,10 +28,10 @@ def tables(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def plan(tables: Path, tmp_path: Path) -> Path:
-    """A plan file."""
-    file = tmp_path / "plan.json"
+@pytest.fixture(scope="module")
+def plan(tables: Path) -> Path:
+    """A plan file; tests leave it as it is."""
+    file = tables.with_name("plan.json")
     assert run("compile", str(tables), "-t", "h100-2x4", "-o", str(file)).exit_code == 0
     return file
 

@@ -145,7 +145,7 @@ def test_session_batches_keep_sessions_together() -> None:
 
 
 def compiled(workload: planner.Workload | None, constraints: Constraints | None = None) -> planner.Plan:
-    return planner.compile("dlrm-dcnv2", "h100-2x8", workload, constraints=constraints)
+    return planner.compile("dlrm-dcnv2", "h100-2x8", workload, constraints=constraints, time_limit=0.3)
 
 
 def features_of(plan: planner.Plan) -> list[str]:
