@@ -136,6 +136,17 @@ def test_repair_reaches_targets_that_a_perfect_packing_meets() -> None:
     assert repair.run(targets, 2000, Budget(10.0)) <= 2 * 1.08 * (1 + 1e-9)
 
 
+def test_a_choice_with_nothing_to_place() -> None:
+    """Found by random plans: every table on all ranks, as replicated tables without gradients are."""
+    option = Option("everywhere", (Piece("all", (1.0, 2.0), 3.0),))
+    problem = Problem(("a", "b"), ((option,), (option,)), 1, 2, 100.0, ("p", "q"))
+    compiled = compile_problem(problem)
+    places = fit(compiled, [0, 0], np.zeros(2), 0.8, Budget(1.0))
+    assert places is not None
+    repair = Overflow(compiled, [0, 0], places, 0)
+    assert repair.run(np.zeros(2), 10, Budget(1.0)) == pytest.approx(2 * (1.0 + 2.0))
+
+
 @pytest.mark.parametrize("tables", [30, 90])
 def test_many_tables_are_repeatable_and_closer_than_before(tables: int) -> None:
     """Heavy-tailed pieces of equal length in one phase, as an exchange of outputs has; two runs are equal."""

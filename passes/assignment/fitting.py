@@ -53,7 +53,7 @@ def fit(
         state.add_everywhere(choice)
     if not state.fits():
         return None
-    spread = _spread(chosen)
+    spread = _spread(chosen, len(targets))
     price = _Price(targets, fill, spread)
     sizes = np.array([_size(choice, spread / targets, problem.capacity) for choice in chosen])
     places: list[list[int]] = [[-1] * choice.size for choice in chosen]
@@ -79,12 +79,12 @@ def _size(choice: Choice, weights: Floats, capacity: float) -> float:
     return largest
 
 
-def _spread(chosen: list[Choice]) -> Floats:
+def _spread(chosen: list[Choice], phases: int) -> Floats:
     """How unequal the pieces on ranks are in each phase, at most 1: equal ones need counting, not levelling."""
     groups = [group for choice in chosen for group in choice.groups]
     some = [group for group in groups if group.scope != HOST] or groups
     if not some:
-        return np.zeros(0)
+        return np.zeros(phases)  # everything is on all ranks
     loads = np.array([group.phases for group in some])
     count = np.array([float(group.copies) for group in some])
     mean = np.average(loads, axis=0, weights=count)

@@ -195,7 +195,7 @@ class RoomProgram:
                 row[span] = -self.piece[span, p]
                 self.largest[int(t), int(p)] = self._row(row, 0.0, self.room[p])
                 added = True
-        for p in np.flatnonzero(high < 1.0):
+        for p in np.flatnonzero((high > 0) & (high < 1.0)):  # in no room at all, nothing is left open
             values, index = self.pieces.usage(int(p), float(high[p]))
             use = values @ np.bincount(index, x[self.pieces.owner] * self.pieces.copies, values.shape[1])
             for k in np.argsort(-use)[:BATCH]:
