@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ from passes.sharding_prices import price_options
 
 CASES = int(os.environ.get("PLANS", "300"))
 WORK = 0.005  # deterministic seconds of the solver: the plans need not be good, they must be sound
+pytestmark = pytest.mark.timeout(max(300, 2 * CASES))  # seconds; a case takes a tenth of one on an idle core
 SOUND = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
 FEW = settings(SOUND, max_examples=max(CASES // 15, 1))
 SOME = settings(SOUND, max_examples=max(CASES // 5, 1))
