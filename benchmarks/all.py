@@ -33,6 +33,7 @@ DEAR = (
     "cache_ordering",
     "codecs",
     "fidelity",
+    "peak_memory",
     "llm",
     "growth",
     "tiered_runtime",

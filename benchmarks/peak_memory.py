@@ -23,8 +23,9 @@ from ir.plan import Plan
 from ir.workload import FeatureStats, Workload
 
 STEPS = 3
+REPEATS = 3  # of runs that stress traffic: what allocators keep depends on the order in which threads run
 UNDER = -0.05
-MIB = 2**20
+MB = 1e6
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,13 @@ CALIBRATION = {
     "base": Case("base", 2, 4, 1000, 16, 64, ("table_wise", "row_wise")),
     "state": Case("state", 2, 4, 1_000_000, 32, 64, ("table_wise", "row_wise"), "adagrad"),
     "gradients": Case("gradients", 2, 2, 600_000, 32, 64, ("data_parallel",)),
-    "pieces": Case("pieces", 2, 4, 1000, 64, 40_000, ("table_wise",), "sgd", 4.0),
-    "rows": Case("rows", 2, 4, 1000, 64, 40_000, ("row_wise",), "sgd", 4.0),
+    "pieces": Case("pieces", 2, 10, 1000, 64, 8000, ("table_wise",)),
+    "rows": Case("rows", 2, 10, 1000, 16, 24_000, ("row_wise",)),
+    "large pieces": Case("large pieces", 2, 4, 1000, 64, 40_000, ("table_wise",), "sgd", 4.0),
+    "large rows": Case("large rows", 2, 4, 1000, 64, 40_000, ("row_wise",), "sgd", 4.0),
+    "large rows of four": Case("large rows of four", 4, 4, 1000, 64, 80_000, ("row_wise",), "sgd", 4.0),
 }
+SMALL, LARGE = ("pieces", "rows"), ("large pieces", "large rows", "large rows of four")
 JUDGED = (
     Case("table-wise, Adagrad", 2, 6, 700_000, 48, 4096, ("table_wise",), "adagrad"),
     Case("row-wise, SGD", 2, 5, 1_200_000, 32, 4096, ("row_wise",)),
@@ -95,7 +100,8 @@ QUICK = (0, 3, 8)
 def measured(case: Case, plan: Plan) -> int:
     """Peak resident bytes of the fullest rank."""
     arguments = {"plan": plan.to_dict(), "tables": case.entries(), "steps": STEPS}
-    return max(launch("benchmarks._peak_worker:train", case.ranks, arguments, timeout=300))
+    peaks: list[int] = launch("benchmarks._peak_worker:train", case.ranks, arguments, timeout=300)
+    return max(peaks)
 
 
 def fullest(plan: Plan, constants: ProcessMemory | None = None) -> int:
@@ -106,11 +112,15 @@ def fullest(plan: Plan, constants: ProcessMemory | None = None) -> int:
 
 
 def calibrate() -> dict[str, float]:
-    """The constants, each from the run that stresses it less the run that stresses nothing."""
+    """The constants, each from the run that stresses it less the run that stresses nothing.
+
+    Those of traffic are the largest of the runs, so that few plans hold more than is predicted.
+    """
     peaks, used = {}, {}
     for name, case in CALIBRATION.items():
         plan = case.plan()
-        peaks[name] = measured(case, plan)
+        peaks[name] = max(measured(case, plan) for _ in range(REPEATS if name in (*SMALL, *LARGE) else 1))
+        click.echo(f"{name}: {peaks[name] / MB:.0f} MB", err=True)
         used[name] = max((rank.used for rank in plan.memory), key=lambda held: sum(held.values()))
 
     def grown(name: str, *purposes: str) -> int:
@@ -118,15 +128,20 @@ def calibrate() -> dict[str, float]:
 
     state = (peaks["state"] - peaks["base"]) / grown("state", "weights", "optimizer")
     copies = peaks["gradients"] - peaks["base"] - state * grown("gradients", "weights", "optimizer")
-    traffic = [
-        (peaks[name] - peaks["base"]) / grown(name, "io", "activations") for name in ("pieces", "rows")
-    ]
+    net = {
+        name: peaks[name] - peaks["base"] - state * grown(name, "weights", "optimizer")
+        for name in (*SMALL, *LARGE)
+    }
+    bytes_of = {name: grown(name, "io", "activations") for name in net}
+    pooled = max(SMALL, key=lambda name: net[name] / bytes_of[name])
     return {
         "base": peaks["base"] - sum(used["base"].values()),
         "state": state,
         "gradients": copies / grown("gradients", "gradients"),
-        "traffic": max(traffic),
-        "traffic_least": min(traffic),
+        "traffic": net[pooled] / bytes_of[pooled],
+        "beyond": max(net[name] / bytes_of[name] for name in LARGE),
+        "pool": bytes_of[pooled],
+        **{f"a byte of traffic, {name}": net[name] / bytes_of[name] for name in net},
     }
 
 
@@ -151,9 +166,9 @@ def main(as_json: bool, quick: bool, only_calibrate: bool) -> None:
         report.row(
             plan=case.name,
             ranks=case.ranks,
-            planned_mib=round(max(rank.total for rank in plan.memory) / MIB),
-            predicted_mib=round(predicted / MIB),
-            measured_mib=round(found / MIB),
+            planned_mb=round(max(rank.total for rank in plan.memory) / MB),
+            predicted_mb=round(predicted / MB),
+            measured_mb=round(found / MB),
             error=f"{100 * errors[-1]:+.1f} %",
         )
     report.claim("least_predicted_over_measured", min(errors), UNDER, ">=")
