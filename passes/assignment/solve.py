@@ -31,6 +31,7 @@ MOST_WORK = 12.0  # seconds that a normal effort spends at most with several pha
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
 FAR = 0.15  # relative gap above which a quick search goes on as a normal one
+FAR_FEW, FEW = 0.05, 40  # the same with few tables, where that takes half a second
 AVERAGES = "average load and largest piece"
 OPTIMAL = 1e-6  # relative gap below which a solution is called optimal
 
@@ -71,7 +72,7 @@ def solve(
         budget = Budget(min(time_limit, _allowance(compiled, allowed)) * first)
         found = _search(compiled, bound, relaxed.price, budget, seed, stop_gap, warm)
         best, work = min(found, best, key=lambda known: known.value), work + budget.work
-        if best.value <= bound * (1 + FAR):
+        if best.value <= bound * (1 + (FAR_FEW if compiled.tables <= FEW else FAR)):
             break  # else a quick search that ends far from the bound has most likely missed something
     if not best.choice:
         raise infeasible.give_up(compiled)
