@@ -66,16 +66,17 @@ def read_index(file: BinaryIO, what: str) -> Metadata:
 
 def _sound(found: Metadata) -> bool:
     """Tensors alone, each chunk in a file of the folder."""
-    entries, places = found.state_dict_metadata, found.storage_data
+    # a damaged name of a field leaves the record without it
+    entries, places = getattr(found, "state_dict_metadata", None), getattr(found, "storage_data", None)
     if not isinstance(entries, dict) or not isinstance(places, dict):
         return False
     if not all(isinstance(entry, TensorStorageMetadata) for entry in entries.values()):
         return False
     return all(
         isinstance(place, filesystem._StorageInfo)
-        and isinstance(place.relative_path, str)
-        and PurePath(place.relative_path).name == place.relative_path
-        and not place.transform_descriptors
+        and isinstance(path := getattr(place, "relative_path", None), str)
+        and PurePath(path).name == path
+        and not getattr(place, "transform_descriptors", "missing")
         for place in places.values()
     )
 

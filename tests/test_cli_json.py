@@ -168,4 +168,4 @@ def test_notebooks_show_plans_and_machines(files: dict[str, str]) -> None:
     shown = machine._repr_html_()
     for word in ("&lt;b&gt;two&lt;/b&gt;: 2 x 8", "<td>hbm</td>", "450 GB/s"):
         assert word in shown
-    assert "four on" in planner.Plan.load(files["plan"])._repr_html_()  # type: ignore[attr-defined]
+    assert "tables on h100-1x4" in planner.Plan.load(files["plan"])._repr_html_()  # type: ignore[attr-defined]

@@ -91,15 +91,15 @@ def test_a_run_is_put_beside(tmp_path: Path) -> None:
 def measured_step_has_the_phases_of_the_model(
     made: planner.Plan, events: list[dict[str, Any]], processes: list[int]
 ) -> None:
-    """Phases cover kernels they stand for, do not overlap on a stream, and are those that the model has."""
+    """Phases cover kernels they stand for, compute does not overlap, and they are those that the model has."""
     modelled = {base_phase(e.name) for e in made.timeline.events if e.duration > 0}
     for pid in processes:
         own = [e for e in events if e["pid"] == pid and e["ph"] == "X"]
         parts = phases_of(own)
         assert {phase for phase, _, _, _ in parts} == modelled - {"framework"}  # between the kernels
-        for stream in ("compute", "network"):
-            lane = [(start, start + seconds) for _, s, start, seconds in parts if s == stream]
-            assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(lane))
+        # gloo may run two collectives at a time; a rank computes one thing after the other
+        lane = [(start, start + seconds) for _, stream, start, seconds in parts if stream == "compute"]
+        assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(lane))
         for kernel, phase in (
             ("fbgemm::split_embedding_codegen_forward", "lookup_forward"),
             ("fbgemm::split_embedding_backward", "lookup_backward"),
