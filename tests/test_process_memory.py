@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.peak_memory import CALIBRATION, JUDGED, UNDER, Case, fullest, measured
+from benchmarks.peak_memory import CALIBRATION, JUDGED, UNDER, Case, fullest, here, measured
 from cost_models.process_memory import ProcessMemory, process_peak
 
 
@@ -23,4 +23,4 @@ def test_real_ranks_hold_what_is_predicted() -> None:
     plan = case.plan()
     found = measured(case, plan)
     assert found > 600e6  # most of it is the plan's, not the base
-    assert UNDER <= fullest(plan) / found - 1 <= 0.08
+    assert UNDER <= fullest(plan, here()) / found - 1 <= 0.08
