@@ -3,7 +3,7 @@
 ``python -m benchmarks.peak_memory`` trains a few steps under plans of other shardings, optimizers, batches and numbers
 of ranks than those that the constants of :mod:`cost_models.process_memory` were measured with; ``--calibrate``
 measures the constants instead and prints them. What a process without a plan holds depends on the installation (324 and
-401 MB were seen on one machine), so that one constant is measured in every run. The claim: no prediction is more than 5 %
+335 MB were seen on one machine), so that one constant is measured in every run. The claim: no prediction is more than 5 %
 under what was measured.
 """
 
