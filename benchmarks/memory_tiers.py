@@ -41,7 +41,8 @@ from ir.program import Model
 from ir.tier_plan import TierRequest
 from ir.topology import Topology
 from ir.workload import Workload, icdf_from_zipf
-from passes.assignment.joint import Frame, Menu, relax, solve_joint
+from passes.assignment.column_generation import Frame, Menu, relax
+from passes.assignment.joint import solve_joint
 from planner.verification import verify
 
 ALPHA = 1.05  # NVIDIA-Merlin/distributed-embeddings, synthetic models: power law of the ids

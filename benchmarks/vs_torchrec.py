@@ -91,7 +91,8 @@ def _solved(model: Any, effort: Any) -> tuple[Any, Any, float]:
 
 def _solved_within_host_memory(model: Any, _: Any) -> tuple[Any, Any, float]:
     """The same within HBM and host memory."""
-    from passes.assignment.joint import Frame, Menu, relax, solve_joint
+    from passes.assignment.column_generation import Frame, Menu, relax
+    from passes.assignment.joint import solve_joint
 
     problem = model.problem()
     frame = Frame(

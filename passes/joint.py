@@ -31,7 +31,8 @@ from ir.tier_plan import TierRequest
 from ir.units import format_bytes
 from ir.workload import ExchangeType
 from passes.assignment import Option
-from passes.assignment.joint import Frame, Joint, Menu, Relaxation, relax, solve_joint
+from passes.assignment.column_generation import Frame, Menu, Relaxation, relax
+from passes.assignment.joint import Joint, solve_joint
 from passes.assignment.master import Duals
 from passes.dense_formats import DenseFormats, DenseMember
 from passes.format_menu import FormatMenu

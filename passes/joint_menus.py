@@ -27,7 +27,7 @@ from ir.sharding import ShardingOption, largest_units
 from ir.tier_plan import PimTile, TableTiers
 from ir.topology import MemoryTier
 from passes.assignment import Option, Piece
-from passes.assignment.joint import Menu
+from passes.assignment.column_generation import Menu
 from passes.assignment.master import Duals
 from passes.format_menu import FormatMenu
 from passes.sharding_options import table_options

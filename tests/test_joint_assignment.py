@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ir.assignment import Option, Piece
 from ir.errors import InfeasibleError, InputError
 from passes.assignment import evaluate
-from passes.assignment.joint import Frame, Joint, Menu, column, relax, solve_joint
+from passes.assignment.column_generation import Frame, Menu, column, relax
+from passes.assignment.joint import Joint, solve_joint
 from passes.assignment.master import Column, Duals, Master
 from passes.assignment.problem import evaluate_extra
 

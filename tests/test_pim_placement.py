@@ -25,7 +25,7 @@ from ir.program import Mode, Model, Options, Program
 from ir.tier_plan import PimTile, TierRequest
 from ir.topology import MemoryTier, Topology
 from ir.workload import FeatureStats, Workload, icdf_from_zipf
-from passes.assignment.joint import column
+from passes.assignment.column_generation import column
 from passes.assignment.master import Duals, Master
 from passes.joint import state_problem
 from planner.verification import verify
