@@ -71,7 +71,7 @@ def run_decoder_plan(
     if as_json:
         click.echo(json.dumps(result.to_dict() | {"predicted_step": plan.timeline.step}))
     else:
-        from planner.cli import show
+        from planner.cli_support import show
 
         show(render_decoder_run(plan, result))
     if not result.equal:
