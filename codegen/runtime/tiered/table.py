@@ -33,6 +33,7 @@ import numpy.typing as npt
 
 from codegen.runtime.tiered import commit as commits
 from codegen.runtime.tiered.native import DamagedPage, Ints, Slots
+from codegen.runtime.tiered.opening import check_length, read_order
 from codegen.runtime.tiered.pages import (
     BlockPages,
     Floats,
@@ -43,7 +44,7 @@ from codegen.runtime.tiered.pages import (
     records_per_page,
 )
 from ir.errors import InputError
-from ir.reading import STRICT, clipped, dump_record, parse_record
+from ir.reading import STRICT, dump_record, parse_record
 from ir.workload import Optimizer
 
 Kind = Literal["ram", "mapped", "block"]
@@ -148,15 +149,6 @@ class Batch:
     released: bool = False
 
 
-def _check_files(folder: Path, shape: Shape) -> None:
-    """The files are as long as the manifest says, before memory is taken for what it says."""
-    for number, part in enumerate(shape.ranges):
-        path = folder / f"rows.{number}"
-        expected = 2 * part.page_bytes * -(-part.rows // records_per_page(shape.record, part.page_bytes))
-        if not path.is_file() or path.stat().st_size != expected:
-            raise InputError(f"{path} is not {expected} bytes long: it was cut or is of another table")
-
-
 class TieredTable:
     """An open table; use :meth:`create` or :meth:`open`. One caller's thread at a time.
 
@@ -190,7 +182,7 @@ class TieredTable:
         self._released: deque[Ints] = deque()
         self.counters = Counters()
         self._fault: Exception | None = None
-        self._rank = self._read_order()
+        self._rank = read_order(folder / "order.npy", shape.rows) if shape.ordered else None
         self._files = self._open_files()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="tiered")
         self._hold(shape.held)
@@ -251,7 +243,9 @@ class TieredTable:
         """Open a table as it was at its last flush; raises InputError or DamagedPage."""
         folder = Path(folder)
         shape = parse_record(Shape, commits.read_manifest(folder), f"{folder / commits.MANIFEST}")
-        _check_files(folder, shape)
+        for number, part in enumerate(shape.ranges):
+            pages = -(-part.rows // records_per_page(shape.record, part.page_bytes))
+            check_length(folder / f"rows.{number}", 2 * part.page_bytes * pages)
         return cls(folder, shape, cache_rows, policy)
 
     # --- batches ---
@@ -367,23 +361,6 @@ class TieredTable:
         return ids if self._rank is None else self._rank[ids]
 
     # --- files ---
-
-    def _read_order(self) -> Ints | None:
-        if not self.shape.ordered:
-            return None
-        path, rows = self.folder / "order.npy", self.shape.rows
-        try:
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: its header takes no memory
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"{path} cannot be read: {clipped(str(error))}; restore it from a copy"
-            ) from None
-        rank = np.full(rows, -1, np.int64)
-        if ids.shape == (rows,) and ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < rows:
-            rank[ids] = np.arange(rows)
-        if rank.min() < 0:
-            raise InputError(f"{path} does not list each of {rows} rows once; restore it from a copy")
-        return rank
 
     def _open_files(self) -> tuple[PageFile, ...]:
         shape = self.shape
