@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ir.errors import InfeasibleError
 from passes.assignment import Option, Piece, Problem, evaluate, solve
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import compile_problem
@@ -158,10 +157,7 @@ def test_many_tables_are_repeatable_and_closer_than_before(tables: int) -> None:
         spread = Option("spread", (Piece("host", (work / 4, 0.5), 0.25),))
         options.append((whole, spread))
     problem = Problem(tuple(f"t{i}" for i in range(tables)), tuple(options), 4, 4, 100.0, ("p", "q"))
-    try:
-        first, again = solve(problem, time_limit=0.6), solve(problem, time_limit=0.6)
-    except InfeasibleError:  # pragma: no cover - memory is ample
-        pytest.fail("feasible by construction")
+    first, again = solve(problem, time_limit=0.6), solve(problem, time_limit=0.6)
     assert (first.choice, first.placement, first.lower_bound) == (
         again.choice,
         again.placement,
