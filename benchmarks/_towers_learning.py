@@ -25,7 +25,9 @@ from benchmarks._towers_data import Batch, Ints
 from codegen.runtime.codecs import absolute_bound, decode, encode
 from examples import _movielens as movielens
 from ir.topology import Level, Link
+from ir.tower_sample import PooledSample
 from ir.towers import TowerDecision, TowerRequest
+from passes.tower_pools import pools
 from planner.towers import sample_pooled
 from planner.zoo.multi_tower import MultiTower, with_towers
 
@@ -127,11 +129,17 @@ def numbered(decision: TowerDecision, features: Sequence[str]) -> Ints:
     return np.array([found[feature] for feature in features])
 
 
-def shuffled(decision: TowerDecision, features: Sequence[str], seed: int) -> TowerDecision:
-    """Random towers of the same sizes that send as much."""
+def shuffled(
+    decision: TowerDecision, features: Sequence[str], seed: int, sample: PooledSample
+) -> TowerDecision:
+    """Random towers of the same sizes that send as much; inside them pools are learned as the planner learns them."""
     order = iter(np.random.default_rng(seed).permutation(np.array(features)).tolist())
-    towers = tuple(replace(t, features=tuple(next(order) for _ in t.features)) for t in decision.towers)
-    return replace(decision, towers=towers)
+    towers = []
+    for tower in decision.towers:
+        members = tuple(next(order) for _ in tower.features)
+        start = pools(sample.strengths(members), tower.vectors_out)
+        towers.append(replace(tower, features=members, pools=start))
+    return replace(decision, towers=tuple(towers))
 
 
 def rand_index(a: Ints, b: Ints) -> float:
@@ -153,8 +161,12 @@ def accuracy(
     decisions: Mapping[str, TowerDecision],
     codec: tuple[str, float],
     seeds: int,
+    sample: PooledSample,
 ) -> None:
-    """Rows and claims of one data set; the first of ``decisions`` (by cluster) is judged in all variants."""
+    """Rows and claims of one data set, whose towers were learned from ``sample``.
+
+    The first of ``decisions`` (by cluster) is judged in all variants.
+    """
     torch.set_num_threads(1)
     features = data.model(0).features
     first, *others = decisions.values()
@@ -168,7 +180,7 @@ def accuracy(
             "flat": data.model(seed),
             "SPTT+TM": towered(data, seed, first),
             "SPTT+TM+codec": towered(data, seed, first, codec),
-            "random towers": towered(data, seed, shuffled(first, features, seed)),
+            "random towers": towered(data, seed, shuffled(first, features, seed, sample)),
         }
         for where, decision in zip(list(decisions)[1:], others, strict=True):
             models[f"SPTT+TM+codec, {where}"] = towered(data, seed, decision, codec)

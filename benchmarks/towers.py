@@ -29,6 +29,7 @@ from benchmarks._towers_data import MovieLens, Planted
 from benchmarks._towers_learning import accuracy, movielens_decision, sample
 from benchmarks._towers_steps import BUDGET, CODEC, PUBLISHED, SHARES, Setting, steps_at_speeds
 from benchmarks.cluster import ClusterUnavailable
+from ir.tower_sample import PooledSample
 
 
 def main() -> int:
@@ -66,13 +67,14 @@ def main() -> int:
                 report.claim(f"{name}_speed_up_slowest", None, PUBLISHED, ">=")
         if seeds > 0:
             data = MovieLens()
-            towers = {"2x1": movielens_decision(data, Path(folder) / "movielens.npz", BUDGET)}
-            accuracy(report, "movielens", data, towers, CODEC, seeds)
+            ratings = Path(folder) / "movielens.npz"
+            towers = {"2x1": movielens_decision(data, ratings, BUDGET)}
+            accuracy(report, "movielens", data, towers, CODEC, seeds, PooledSample.load(ratings))
             # four towers are the planted groups, and the harder case: two hold two groups each
             learned = {
                 f"{hosts}x{4 // hosts}": Setting(hosts, 4 // hosts, path).decision() for hosts in (4, 2)
             }
-            accuracy(report, "planted", planted, learned, CODEC, seeds)
+            accuracy(report, "planted", planted, learned, CODEC, seeds, PooledSample.load(path))
     return report.finish(args.json)
 
 

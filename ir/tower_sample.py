@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 from ir.errors import InputError
 from ir.reading import clipped
+from ir.towers import Strength
 
 Floats = npt.NDArray[np.float64]
+_ROUNDING = 1e-6  # of fp32 vectors: what is left of a constant one after its mean is taken from it
 MAX_BYTES = 2**30  # of a sample file when unpacked: 16,000 samples of 856 tables of 16 columns
 
 
@@ -56,17 +58,23 @@ class PooledSample:
         parts = [self.pooled[:, place[name][0] : place[name][1]] for name in features]
         return np.concatenate(parts, axis=1).astype(np.float64)
 
-    def strengths(self, features: Sequence[str]) -> Floats:
+    def strengths(self, features: Sequence[str], kind: Strength = "centred") -> Floats:
         """Interaction strengths |mean over samples of cos(e_i, e_j)|, (n, n) with a zero diagonal.
 
-        A sample in which a vector is zero (an empty bag) counts as no interaction. Vectors of different
-        widths are padded with zeros. Source: the partitioner of arXiv 2403.00877.
+        "centred" takes from each feature its mean vector first: what never changes tells nothing of interaction,
+        and between tables of a few rows, whose random start training hardly moves, it is chance that would
+        outweigh what they learnt. A sample in which a vector is zero (an empty bag) counts as no interaction.
+        Vectors of different widths are padded with zeros. Source: the partitioner of arXiv 2403.00877.
         """
         place = dict(zip(self.features, self.dims, strict=True))
         width = max((place.get(name, 0) for name in features), default=0)
         unit = np.zeros((len(self.pooled), len(features), width))
         for index, name in enumerate(features):
             vectors = self.of([name])
+            if kind == "centred":
+                present = vectors.any(axis=1, keepdims=True)
+                vectors = np.where(present, vectors - vectors.sum(0) / max(1, present.sum()), 0.0)
+                vectors[np.abs(vectors).max(1) <= _ROUNDING * np.abs(self.of([name])).max(1)] = 0.0
             norms = np.linalg.norm(vectors, axis=1, keepdims=True)
             unit[:, index, : vectors.shape[1]] = vectors / np.where(norms > 0, norms, 1.0)
         flat = unit.transpose(1, 0, 2).reshape(len(features), -1)

@@ -37,6 +37,9 @@ Narrowing = Literal["vectors", "columns"]
 TowerObjective = Literal["coherent", "diverse"]
 """Put features that are alike together, or apart."""
 
+Strength = Literal["centred", "cosine"]
+"""Interaction strength: mean cosine of vectors less their feature's mean vector, or of vectors as they are."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
@@ -56,6 +59,7 @@ class TowerRequest:
             may be unable to carry; needs ``interactions``. A proxy for the loss in AUC.
         interactions: file of pooled embeddings of real batches (:class:`ir.tower_sample.PooledSample`);
             without it towers are balanced only.
+        strength: how interaction is measured, see :data:`Strength`.
         balance: how far a tower may exceed the mean in memory, lookup time and number of tables.
         always: apply towers even where the model says that the flat plan is faster.
     """
@@ -69,6 +73,7 @@ class TowerRequest:
     narrow: Narrowing = "vectors"
     accuracy_budget: Annotated[float, Field(ge=0, lt=1)] | None = None
     interactions: str = ""
+    strength: Strength = "centred"
     balance: Annotated[float, Field(ge=0, le=10)] = 0.25
     always: bool = False
 
@@ -91,6 +96,7 @@ class Tower:
         memory: bytes of its tables' weights and optimizer state.
         lookup_seconds: modelled seconds of lookups and updates in a step, summed over its ranks.
         dim_out: columns of a vector that crosses to the peers; 0: ``dim``.
+        pools: for each feature, the vector out that starts as a sum with it in it; empty: runs of neighbours.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -109,6 +115,7 @@ class Tower:
     memory: Count = 0
     lookup_seconds: Amount = 0.0
     dim_out: Count = 0
+    pools: tuple[Count, ...] = ()
 
     @property
     def columns_out(self) -> int:
@@ -226,3 +233,7 @@ def faults(decision: TowerDecision, world_size: int, tables: Sequence[str]) -> I
     for number, tower in enumerate(decision.towers):
         if not tower.features or tower.vectors_out > len(tower.features) or tower.width_out > tower.width:
             yield f"tower {number} sends more than it holds, or holds nothing"
+        if tower.pools and (
+            len(tower.pools) != len(tower.features) or set(tower.pools) != set(range(tower.vectors_out))
+        ):
+            yield f"tower {number} does not start each of its {tower.vectors_out} vectors as a sum of features"

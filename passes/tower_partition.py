@@ -117,10 +117,14 @@ def _greedy(resources: Floats, towers: int, sizes: tuple[int, int]) -> Ints:
     return tower
 
 
+def searched(problem: Partition, start: Ints, seed: int = 0, effort: int = _EFFORT) -> Ints:
+    """The best partition found from ``start`` (which must meet the limits); the towers numbered by first table."""
+    return _named(_Search(problem, np.random.default_rng(seed), effort).run(start))
+
+
 def partition(problem: Partition, start: Ints, seed: int = 0) -> Partitioned:
     """The best partition found from ``start`` (which must meet the limits) with its bound."""
-    search = _Search(problem, np.random.default_rng(seed))
-    best = search.run(start)
+    best = searched(problem, start, seed)
     value = partition_value(problem.gain, best)
     bound, method = upper_bound(
         problem.gain, problem.resources, problem.towers, problem.sizes, problem.capacity, value
@@ -144,10 +148,10 @@ def _named(tower: Ints) -> Ints:
 class _Search:
     """Descents over partitions that meet the limits."""
 
-    def __init__(self, problem: Partition, random: np.random.Generator) -> None:
+    def __init__(self, problem: Partition, random: np.random.Generator, effort: int) -> None:
         self.problem, self.random = problem, random
         self.least = _MEANING * max(float(problem.gain.sum()), 1e-300)
-        self.left = _EFFORT
+        self.left = effort
         self.slack = problem.capacity * (1 + 1e-9)
 
     def run(self, start: Ints) -> Ints:

@@ -39,6 +39,7 @@ from ir.units import format_seconds
 from passes.memory import MemoryAccounting
 from passes.tower_modules import Profile, columns_within, fixed_widths, profile, widths_within
 from passes.tower_partition import partition, partition_value, stated
+from passes.tower_pools import pools
 from passes.tower_rival import rival_partition
 from passes.tower_sharding import shard_towers
 
@@ -82,6 +83,8 @@ class Towers:
         towers, lost = _with_modules(program, request, towers, sample)
         chosen = _Candidate(program, towers, request, calibration, self.over_arch)
         towers = _in_rank_order(towers, chosen.tables)
+        if sample is not None and request.module != "none":
+            towers = tuple(_pooled(tower, sample, request, program.options.seed) for tower in towers)
         decision = _decision(program, request, towers, affinity, lost, sample, chosen)
         done = replace(program, decisions=replace(program.decisions, towers=decision))
         if not decision.applied:
@@ -132,7 +135,7 @@ def _gain(program: Program, request: TowerRequest, sample: PooledSample) -> Floa
     """(tables, tables): what it is worth to have two tables in one tower, over pairs of their features."""
     tables = program.model.tables
     features = [feature for table in tables for feature in table.features]
-    strengths = sample.strengths(features)
+    strengths = sample.strengths(features, request.strength)
     worth = strengths if request.objective == "coherent" else 1.0 - strengths
     owner = np.repeat(np.arange(len(tables)), [len(table.features) for table in tables])
     member = np.zeros((len(tables), len(features)))
@@ -310,6 +313,16 @@ def _in_rank_order(towers: Sequence[Tower], tables: Sequence[TablePlan]) -> tupl
         place.update(dict.fromkeys(table.features, first))
     return tuple(
         replace(tower, features=tuple(sorted(tower.features, key=place.__getitem__))) for tower in towers
+    )
+
+
+def _pooled(tower: Tower, sample: PooledSample, request: TowerRequest, seed: int) -> Tower:
+    """The tower with what the vectors that leave its module start as."""
+    if tower.vectors_out == len(tower.features):
+        return tower
+    return replace(
+        tower,
+        pools=pools(sample.strengths(tower.features, request.strength), tower.vectors_out, seed),
     )
 
 

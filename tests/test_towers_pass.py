@@ -32,6 +32,7 @@ from ir.tower_sample import PooledSample
 from ir.towers import Tower, TowerDecision, TowerRequest, illegal
 from ir.workload import Workload
 from passes.tower_modules import columns_within, fixed_widths, profile, widths_within
+from passes.tower_pools import pools
 from planner.towers import sample_pooled
 from planner.zoo import build
 from planner.zoo.multi_tower import over_arch_model, with_towers
@@ -84,6 +85,12 @@ def test_projections_start_as_pools_or_as_projections() -> None:
     basis = torch.stack([narrow(torch.eye(8)[i].expand(1, 5, 8))[0, 0] for i in range(8)])
     assert torch.allclose(basis.T @ basis, torch.eye(3), atol=1e-5)
     assert torch.equal(tower_module("projection", 5, 8, 5)(x), x)
+    alike = tower_module("projection", 5, 8, 2, pools=[1, 0, 1, 1, 0])(x)
+    assert torch.allclose(alike, torch.stack([x[:, [1, 4]].sum(1), x[:, [0, 2, 3]].sum(1)], 1), atol=1e-6)
+    for kind in ("wukong", "dhen"):
+        assert tower_module(kind, 5, 8, 2, pools=[1, 0, 1, 1, 0])(x).shape == (3, 2, 8)
+    with pytest.raises(InputError, match="one of 2 sums"):
+        tower_module("projection", 5, 8, 2, pools=[0, 0, 0, 0, 0])
     with pytest.raises(InputError, match="cross tower modules keep the 8 columns"):
         tower_module("cross", 5, 8, 5, dim_out=3)
 
@@ -106,12 +113,46 @@ def test_sample_measures_cosines_and_survives_a_file(tmp_path: Path) -> None:
     read = PooledSample.load(tmp_path / "s.npz")
     assert read.digest == sample.digest
     expected = np.array([[0, 0.5, 0.5], [0.5, 0, 0.25], [0.5, 0.25, 0]])
-    assert read.strengths(["a", "b", "c"]) == pytest.approx(expected, abs=1e-6)
+    assert read.strengths(["a", "b", "c"], "cosine") == pytest.approx(expected, abs=1e-6)
+    assert read.strengths(["a", "b", "c"]) == pytest.approx(
+        np.zeros((3, 3))
+    )  # each is constant where it is present
     with pytest.raises(InputError, match="lacks feature 'd'"):
         read.of(["d"])
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(InputError, match="no pooled sample"):
         PooledSample.load(tmp_path / "bad.npz")
+
+
+def test_what_never_changes_is_no_interaction() -> None:
+    """b follows a around a mean of its own; c is near that mean and follows nothing; empty bags stay empty."""
+    random = np.random.default_rng(0)
+    shared = random.standard_normal((4000, 3))
+    mean = np.array([5.0, 0.0, 0.0])
+    a, b, c = shared, 2 * shared + mean, mean + 0.1 * random.standard_normal((4000, 3))
+    b[::2] = 0.0
+    sample = PooledSample(("a", "b", "c"), (3, 3, 3), np.concatenate([a, b, c], 1).astype(np.float32))
+    found = sample.strengths(["a", "b", "c"])
+    assert found[0, 1] == pytest.approx(0.5, abs=0.02)  # parallel in the half of the samples that have both
+    assert found[2].max() < 0.05
+    assert sample.strengths(["a", "b", "c"], "cosine")[1, 2] > 0.3
+
+
+def test_pools_split_alike_features_evenly() -> None:
+    """Two groups of four in four sums: two of each group, never one of both; brute force has no better one."""
+    group = np.array([0, 1, 0, 1, 1, 0, 0, 1])
+    strengths = np.where(group[:, None] == group[None, :], 0.5, 0.02) + 0.01 * np.cos(np.arange(64)).reshape(
+        8, 8
+    )
+    strengths = (strengths + strengths.T) / 2
+    np.fill_diagonal(strengths, 0.0)
+    found = np.array(pools(strengths, 4))
+    assert all(len(set(group[found == pool].tolist())) == 1 for pool in range(4))
+    even = [p for p in itertools.product(range(4), repeat=8) if set(np.bincount(p, minlength=4)) <= {1, 2, 3}]
+    value = lambda p: strengths[np.equal.outer(p, p)].sum()  # noqa: E731
+    limit = max(np.bincount(found))
+    assert value(found) >= max(value(np.array(p)) for p in even if max(np.bincount(p)) <= limit) - 1e-9
+    assert pools(strengths, 8) == ()
 
 
 def _low_rank(n: int, dim: int, rank: int, seed: int) -> PooledSample:

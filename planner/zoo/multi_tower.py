@@ -50,13 +50,19 @@ class MultiTower(nn.Module):
         towers: features of each tower and the vectors that leave it.
         kind: of the tower modules.
         dim_out: columns of these vectors; 0: those of the tables.
+        pools: of each tower, see :class:`ir.towers.Tower`; none: runs of neighbours.
 
     Raises:
         InputError: features that are in no tower or in several, or an interaction that is not the zoo's.
     """
 
     def __init__(
-        self, flat: DLRM, towers: Sequence[tuple[Sequence[str], int]], kind: ModuleKind, dim_out: int = 0
+        self,
+        flat: DLRM,
+        towers: Sequence[tuple[Sequence[str], int]],
+        kind: ModuleKind,
+        dim_out: int = 0,
+        pools: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
         listed = [feature for features, _ in towers for feature in features]
@@ -72,7 +78,8 @@ class MultiTower(nn.Module):
         dim = flat.tables[0].dim
         device = next(flat.bottom.parameters()).device
         self.towers = nn.ModuleList(
-            tower_module(kind, len(features), dim, out, device, dim_out) for features, out in towers
+            tower_module(kind, len(features), dim, out, device, dim_out, pool)
+            for (features, out), pool in zip(towers, pools or [()] * len(towers), strict=True)
         )
         self.outs = [out for _, out in towers]
         self.bottom, self.interaction, self.top = over_arch(flat, sum(self.outs), dim_out or dim)
@@ -113,6 +120,7 @@ def with_towers(module: nn.Module, decision: TowerDecision) -> nn.Module:
         [(tower.features, tower.vectors_out) for tower in decision.towers],
         decision.module,
         decision.towers[0].columns_out,
+        [tower.pools for tower in decision.towers],
     )
 
 

@@ -9,7 +9,7 @@ Random mixtures of all vectors in their place cost 0.02 to 0.04 of AUC at equal 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,11 @@ def _mixer(vectors: int, out: int, device: torch.device | str | None) -> nn.Para
     return nn.Parameter((torch.rand(out, vectors, device=device) * 2 - 1) * vectors**-0.5)
 
 
-def _pooling(vectors: int, out: int, device: torch.device | str | None) -> nn.Parameter:
-    """(m, n) weights that start as the sums of m runs of neighbouring vectors."""
+def _pooling(vectors: int, out: int, pools: Sequence[int], device: torch.device | str | None) -> nn.Parameter:
+    """(m, n) weights that start as sums: of the vectors of one pool each, or of m runs of neighbours."""
     run = torch.arange(vectors, device=device) * out // vectors
+    if pools:
+        run = torch.tensor(pools, device=device)
     return nn.Parameter((run == torch.arange(out, device=device)[:, None]).to(torch.get_default_dtype()))
 
 
@@ -51,12 +53,18 @@ class ProjectionTower(TowerModule):
     """
 
     def __init__(
-        self, vectors: int, dim: int, out: int, device: torch.device | str | None = None, dim_out: int = 0
+        self,
+        vectors: int,
+        dim: int,
+        out: int,
+        device: torch.device | str | None = None,
+        dim_out: int = 0,
+        pools: Sequence[int] = (),
     ) -> None:
         super().__init__(vectors, dim, out, dim_out)
         self.flat = nn.Linear(vectors * dim, out * self.dim_out, device=device)
         self.narrow = nn.Linear(dim, self.dim_out, bias=False, device=device) if self.dim_out < dim else None
-        self.mix = _pooling(vectors, out, device) if out < vectors else None
+        self.mix = _pooling(vectors, out, pools, device) if out < vectors else None
         nn.init.zeros_(self.flat.weight)
         nn.init.zeros_(self.flat.bias)
         if self.narrow is not None and not self.narrow.weight.is_meta:
@@ -100,7 +108,14 @@ class WukongTower(TowerModule):
 
     RANK = 24  # table 5 of arXiv 2403.02545, models up to 2.12 GFLOP
 
-    def __init__(self, vectors: int, dim: int, out: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        vectors: int,
+        dim: int,
+        out: int,
+        device: torch.device | str | None = None,
+        pools: Sequence[int] = (),
+    ) -> None:
         super().__init__(vectors, dim, out)
         rank, machine = min(vectors, self.RANK), (out + 1) // 2
         self.heads = machine
@@ -108,7 +123,7 @@ class WukongTower(TowerModule):
         self.first_norm = nn.LayerNorm(vectors * rank, device=device)
         self.machine = nn.Linear(vectors * rank, machine * dim, device=device)
         self.linear = _mixer(vectors, out - machine, device) if out > machine else None
-        self.shortcut = _pooling(vectors, out, device)
+        self.shortcut = _pooling(vectors, out, pools, device)
         self.last_norm = nn.LayerNorm(dim, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,10 +143,17 @@ class DHENTower(TowerModule):
     al. 2022, the ensemble "sum").
     """
 
-    def __init__(self, vectors: int, dim: int, out: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        vectors: int,
+        dim: int,
+        out: int,
+        device: torch.device | str | None = None,
+        pools: Sequence[int] = (),
+    ) -> None:
         super().__init__(vectors, dim, out)
         self.cross = CrossTower(vectors, dim, out, device)
-        self.projection = ProjectionTower(vectors, dim, out, device)
+        self.projection = ProjectionTower(vectors, dim, out, device, pools=pools)
         self.norm = nn.LayerNorm(dim, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,16 +177,28 @@ def tower_module(
     out: int,
     device: torch.device | str | None = None,
     dim_out: int = 0,
+    pools: Sequence[int] = (),
 ) -> TowerModule:
     """The module of a kind from ``vectors`` x ``dim`` to ``out`` x ``dim_out`` (0: ``dim``).
 
+    ``pools`` are the vectors out that sum each vector in at the start, see :class:`ir.towers.Tower`; cross modules
+    have no such sums.
+
     Raises:
-        InputError: kind "none", more vectors or columns out than in, or fewer columns from another than a projection.
+        InputError: kind "none", more vectors or columns out than in, fewer columns from another than a projection,
+            or pools that are not one of ``out`` for each vector.
     """
+    if pools and (len(pools) != vectors or set(pools) != set(range(out))):
+        raise InputError(
+            f"the pools of a tower module name for each of its {vectors} vectors one of {out} sums, and every sum once "
+            f"or more; these are {list(pools)}"
+        )
     if kind not in _KINDS:
         raise InputError(f"there is no tower module {kind!r}; choose {', '.join(_KINDS)}")
     if kind == "projection":
-        return ProjectionTower(vectors, dim, out, device, dim_out)
+        return ProjectionTower(vectors, dim, out, device, dim_out, pools)
     if dim_out not in (0, dim):
         raise InputError(f"{kind} tower modules keep the {dim} columns of a vector; narrow vectors instead")
-    return _KINDS[kind](vectors, dim, out, device)
+    if kind == "cross":
+        return CrossTower(vectors, dim, out, device)
+    return _KINDS[kind](vectors, dim, out, device, pools=pools)
