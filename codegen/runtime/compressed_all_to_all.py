@@ -1,8 +1,9 @@
 """An all-to-all of matrices under codecs, on any ``torch.distributed`` group, forwards and backwards.
 
-Every rank sends each other rank a list of matrices. Sizes travel first, then one payload of bytes; what a
-rank sends itself is handed over as it is. Where no matrix has a codec the matrices travel as float32 in one
-collective. The payload's collective is asynchronous: :func:`start` returns when it has been issued.
+Every rank sends each other rank a list of matrices. Sizes travel first, then one payload of bytes a pair of ranks,
+receives posted first (:mod:`codegen.runtime.posted`); what a rank sends itself is handed over as it is. Where no
+matrix has a codec the matrices travel as float32. The payload is asynchronous: :func:`start` returns when it is on
+its way.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from codegen.runtime.codecs import absolute_bound, decode_at
 from codegen.runtime.codecs.frame import HEADER, capacity, encode_into
+from codegen.runtime.posted import Posted, all_to_all
 from ir.compression import CodecName, codec_of
 from ir.errors import InputError
+
+_PAYLOAD = 6  # tag
 
 Shape = tuple[int, int]
 Matrices = Sequence[Sequence[Tensor]]  # [peer][n] (rows, dim) float32
@@ -49,7 +53,7 @@ class Traffic:
 class Pending:
     """An exchange under way; :meth:`wait` gives ``[peer][n]`` float32 matrices."""
 
-    work: Any
+    work: Posted
     received: Tensor
     sizes: list[int]
     shapes: Shapes
@@ -118,7 +122,7 @@ def start(
         payload, sizes = _coded(outgoing, rules)
         awaited = _exchange_sizes(sizes, expected, group)
     received = torch.empty(sum(awaited), dtype=payload.dtype)
-    work = dist.all_to_all_single(received, payload, awaited, sizes, group=group, async_op=True)
+    work = all_to_all(received, payload, awaited, sizes, group, _PAYLOAD)
     if traffic is not None:
         traffic.raw += raw
         traffic.sent += payload.numel() * payload.element_size() + (0 if plain else 8 * (world - 1))

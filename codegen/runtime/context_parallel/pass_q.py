@@ -16,17 +16,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from codegen.runtime.context_parallel.merge import Accumulator, merge, work_dtype
 from codegen.runtime.context_parallel.ring import Ring, Transfer
 from codegen.runtime.context_parallel.trace import Trace, span
+from codegen.runtime.posted import all_to_all
 from ir.errors import InputError, did_you_mean
 
 Returns = Literal["all_to_all", "eager"]
 _RETURNS = ("all_to_all", "eager")
-_QUERY, _PARTIAL = 3, 4  # tags
+_QUERY, _PARTIAL, _RETURNED = 3, 4, 5  # tags
 
 
 def pass_q(
@@ -102,7 +102,7 @@ def _all_to_all(ring: Ring, partial: dict[int, Tensor], trace: Trace | None) -> 
     outgoing = torch.cat([partial[rank].reshape(-1) for rank in others])
     incoming = outgoing.new_empty(sum(received))
     with span(trace, "all_to_all", bytes=outgoing.numel()):
-        dist.all_to_all_single(incoming, outgoing, received, sent, group=ring.group)
+        all_to_all(incoming, outgoing, received, sent, ring.group, _RETURNED).wait()
     return list(incoming.reshape(len(others), *own.shape).unbind())
 
 

@@ -20,6 +20,7 @@ from codegen.runtime.context_parallel.merge import Accumulator
 from codegen.runtime.context_parallel.pieces import Piece, between
 from codegen.runtime.context_parallel.placement import Placement
 from codegen.runtime.context_parallel.trace import Trace, span
+from codegen.runtime.posted import Posted, post
 from ir.errors import InputError
 
 Pieces = tuple[tuple[int, tuple[Piece, ...]], ...]
@@ -212,16 +213,13 @@ class Ring:
 
         Both sides know both sizes; a message of no bytes is not sent.
         """
-        ops = []
-        if sent.numel():
-            ops.append(dist.P2POp(dist.isend, sent, self.neighbour(hop), group=self.group, tag=tag))
-        if received.numel():
-            ops.append(dist.P2POp(dist.irecv, received, self.neighbour(-hop), group=self.group, tag=tag))
         start = None if trace is None else trace.mark()
-        works = dist.batch_isend_irecv(ops) if ops else []
+        posted = post(
+            [(received, self.neighbour(-hop))], [(sent, self.neighbour(hop))], group=self.group, tag=tag
+        )
         if trace is not None:
             trace.add("post", start, trace.mark(), step=step, tag=tag)
-        return Transfer(works, (sent, received), trace, start, step, tag)
+        return Transfer(posted, (sent, received), trace, start, step, tag)
 
 
 class Transfer:
@@ -229,14 +227,14 @@ class Transfer:
 
     def __init__(
         self,
-        works: list[Any],
+        posted: Posted,
         tensors: tuple[Tensor, Tensor],
         trace: Trace | None,
         start: Any,
         step: int,
         tag: int,
     ) -> None:
-        self._works = works
+        self._posted = posted
         self._tensors = tensors  # kept alive until the wait
         self._trace, self._start, self._step, self._tag = trace, start, step, tag
 
@@ -244,8 +242,7 @@ class Transfer:
         """Wait for both; returns what was received."""
         sent, received = self._tensors
         with span(self._trace, "wait", step=self._step, tag=self._tag):
-            for work in self._works:
-                work.wait()
+            self._posted.wait()
         if self._trace is not None:
             size = sent.numel() * sent.element_size()
             args = {"step": self._step, "tag": self._tag, "bytes": size}
