@@ -25,13 +25,7 @@ from pydantic import ConfigDict, Field
 from ir.reading import STRICT
 
 DenseStrategy = Literal["ddp", "fsdp", "hsdp", "tp"]
-STRATEGIES: tuple[DenseStrategy, ...] = ("ddp", "hsdp", "fsdp")  # the simplest first: it wins ties
-ALL_STRATEGIES: tuple[DenseStrategy, ...] = (
-    "ddp",
-    "tp",
-    "hsdp",
-    "fsdp",
-)  # tp on request: it needs plan.apply
+STRATEGIES: tuple[DenseStrategy, ...] = ("ddp", "tp", "hsdp", "fsdp")  # the simplest first: it wins ties
 
 Count = Annotated[int, Field(ge=0)]
 Ranks = Annotated[int, Field(ge=1)]
@@ -43,7 +37,8 @@ class DenseRequest:
     """What the user asks of the dense part.
 
     Attributes:
-        strategies: to choose between, by modelled step time among those that fit.
+        strategies: to choose between, by modelled step time among those that fit; None: all that the rest of the
+            request allows (tp runs beside TorchRec's tables, without towers, compression or tiers).
         reshard_after_forward: drop gathered weights after the forward pass and gather them again for the
             backward pass; None: whichever fits and is faster.
         unit_bytes: weights (in the compute type) that are gathered together at least, and that a pair of layers has at
@@ -55,7 +50,7 @@ class DenseRequest:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    strategies: Annotated[tuple[DenseStrategy, ...], Field(min_length=1)] = STRATEGIES
+    strategies: Annotated[tuple[DenseStrategy, ...], Field(min_length=1)] | None = None
     reshard_after_forward: bool | None = None
     unit_bytes: Annotated[int, Field(ge=1)] | None = None
     sparse_groups: tuple[Annotated[int, Field(ge=2)], ...] = ()

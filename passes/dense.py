@@ -25,7 +25,7 @@ from cost_models.dense import (
 )
 from cost_models.dense_tensor import tensor_message_bytes, tensor_pairs, tensor_wire_bytes
 from cost_models.embedding import stored_bytes
-from ir.dense_plan import ALL_STRATEGIES, STRATEGIES, DenseCandidate, DensePlan, DenseRequest
+from ir.dense_plan import STRATEGIES, DenseCandidate, DensePlan, DenseRequest, DenseStrategy
 from ir.dtypes import nbytes
 from ir.errors import InfeasibleError, InputError
 from ir.program import Program
@@ -91,12 +91,32 @@ def _fits_replicated(program: Program) -> bool:
     return dense < room or not program.model.dense_params
 
 
+def _allowed(program: Program, request: DenseRequest) -> tuple[DenseStrategy, ...]:
+    """The strategies to weigh, the simplest first.
+
+    Raises:
+        InputError: tp by name beside what only other runtimes than TorchRec's run.
+    """
+    asked = program.options.constraints
+    beside = [name for name in ("towers", "compression", "tiers") if getattr(asked, name) is not None]
+    if request.strategies is None:
+        # the split that nobody asked for stays one that every emitter writes
+        plain = bool(beside) or asked.dense is None
+        return tuple(name for name in STRATEGIES if name != "tp" or not plain)
+    if beside and "tp" in request.strategies:
+        raise InputError(
+            f"tensor parallelism runs beside TorchRec's tables, without {beside[0]}; leave tp out of dense.strategies, or "
+            f"{beside[0]} out of the constraints"
+        )
+    return tuple(name for name in STRATEGIES if name in request.strategies)
+
+
 def _layouts(program: Program, request: DenseRequest) -> Iterator[DenseLayout]:
     topology = program.topology
     units = (request.unit_bytes,) if request.unit_bytes is not None else _UNITS
     reshards = (False, True) if request.reshard_after_forward is None else (request.reshard_after_forward,)
-    for strategy in ALL_STRATEGIES:
-        if strategy not in request.strategies or strategy == "tp":
+    for strategy in _allowed(program, request):
+        if strategy == "tp":
             continue
         if strategy == "hsdp" and 1 in (topology.hosts, topology.host_size):
             continue  # the same as fsdp, or as ddp
@@ -111,7 +131,7 @@ def _layouts(program: Program, request: DenseRequest) -> Iterator[DenseLayout]:
 def _plans(program: Program, request: DenseRequest) -> Iterator[DensePlan]:
     """Every layout as a decision; of unit sizes that make the same units, one."""
     item = nbytes(program.workload.compute_dtype)
-    if "tp" in request.strategies:
+    if "tp" in _allowed(program, request):
         yield from _tensor_plans(program, request)
     seen = set()
     for layout in _layouts(program, request):
@@ -135,18 +155,8 @@ def _plans(program: Program, request: DenseRequest) -> Iterator[DensePlan]:
 
 
 def _tensor_plans(program: Program, request: DenseRequest) -> Iterator[DensePlan]:
-    """Every set of pairs above a size that the ranks of a host can split.
-
-    Raises:
-        InputError: beside what only other runtimes than TorchRec's run.
-    """
-    asked, topology, workload = program.options.constraints, program.topology, program.workload
-    beside = [name for name in ("towers", "compression", "tiers") if getattr(asked, name) is not None]
-    if beside:
-        raise InputError(
-            f"tensor parallelism runs beside TorchRec's tables, without {beside[0]}; leave tp out of dense.strategies, or "
-            f"{beside[0]} out of the constraints"
-        )
+    """Every set of pairs above a size that the ranks of a host can split."""
+    topology, workload = program.topology, program.workload
     if topology.host_size == 1:
         return
     item, params = nbytes(workload.compute_dtype), program.model.dense_params
@@ -210,7 +220,7 @@ def _within(program: Program) -> bool:
 
 def _choose(program: Program, plans: list[DensePlan], steps: list[float | None], unasked: bool) -> DensePlan:
     best = min(step for step in steps if step is not None)
-    order = sorted(range(len(plans)), key=lambda i: ALL_STRATEGIES.index(plans[i].strategy))
+    order = sorted(range(len(plans)), key=lambda i: STRATEGIES.index(plans[i].strategy))
     found, step = next(
         (plans[i], s) for i in order if (s := steps[i]) is not None and s <= best * (1 + WORTH)
     )
@@ -241,7 +251,7 @@ def _nothing_fits(program: Program, plans: list[DensePlan], asked: DenseRequest)
     limit = memory_limit(program)
     if not plans:
         return InfeasibleError(
-            f"{', '.join(asked.strategies)} does not exist on {program.topology.name}: hsdp needs several hosts of "
+            f"{', '.join(_allowed(program, asked))} does not exist on {program.topology.name}: hsdp needs several hosts of "
             "several ranks, tp hosts of several ranks and pairs of linear layers that divide by them; allow fsdp or ddp",
             conflict=("dense.strategies",),
             relaxation="dense.strategies: fsdp",
@@ -250,7 +260,10 @@ def _nothing_fits(program: Program, plans: list[DensePlan], asked: DenseRequest)
     need = _bytes(program, smallest)
     tables = _table_bytes(program) / program.topology.world_size
     missing = need + tables - limit
-    left_out = [name for name in STRATEGIES if name not in asked.strategies]
+    named = asked.strategies or STRATEGIES
+    left_out = [
+        name for name in STRATEGIES if name not in named and name != "tp"
+    ]  # tp needs activations instead
     advice = f"or allow {' or '.join(left_out)} in dense.strategies" if left_out else "or more ranks"
     relaxation = f"{format_bytes(missing)} more memory a rank" if missing > 0 else "more memory a rank"
     return InfeasibleError(

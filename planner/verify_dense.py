@@ -31,7 +31,8 @@ def check_dense(plan: Plan) -> Iterator[str]:
         yield f"module {twice[0]!r} is gathered in two units"
     yield from _pairs(plan, section)
     request = plan.constraints.dense
-    if request is not None and section.candidates and section.strategy not in request.strategies:
+    allowed = None if request is None else request.strategies
+    if allowed is not None and section.candidates and section.strategy not in allowed:
         yield f"{section.strategy} is not among the strategies asked for"
     if section.candidates:
         yield from _bytes(plan, section)

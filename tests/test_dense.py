@@ -255,5 +255,14 @@ def test_wide_layers_are_split_where_weights_outweigh_activations() -> None:
     tampered = replace(few.decisions.dense, tensor=2)
     broken = replace(few, decisions=replace(few.decisions, dense=tampered))
     assert any("a host has 4" in fault for f in verify(broken) for fault in f.faults)
+    beside = replace(asked, dense=DenseRequest(), tiers=TierRequest())
     with pytest.raises(InputError, match="leave tp out"):
-        planner.compile(model(), machine, work, constraints=replace(asked, tiers=TierRequest()))
+        planner.compile(
+            model(), machine, work, constraints=replace(beside, dense=DenseRequest(strategies=("ddp", "tp")))
+        )
+    unnamed = planner.compile(model(), machine, work, constraints=beside).decisions.dense
+    weighed = compiled(machine, DenseRequest()).decisions.dense
+    assert unnamed is not None
+    assert weighed is not None
+    assert "tp" in {candidate.strategy for candidate in weighed.candidates}
+    assert "tp" not in {candidate.strategy for candidate in unnamed.candidates}
