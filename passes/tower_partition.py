@@ -6,8 +6,8 @@
 with gain_ij the interaction strength ("coherent") or, for each pair of features, one minus it ("diverse").
 The search is deterministic: descents by shifts and swaps, an exact re-assignment of one table of each tower
 (a linear sum assignment, solved by OR-Tools), and restarts from disturbed copies of the best. Problems
-with few enough towers to enumerate are then solved exactly (:mod:`passes.tower_columns`); others have the
-bound of :mod:`passes.tower_bound`.
+with few enough towers to enumerate are then solved exactly (:mod:`passes.tower_columns`), and so are two towers of few
+tables (:mod:`passes.tower_halves`); others have the bound of :mod:`passes.tower_bound`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from passes.tower_bound import upper_bound
 from passes.tower_columns import countable, exact
+from passes.tower_halves import MOST, best_halves
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -124,6 +125,10 @@ def searched(problem: Partition, start: Ints, seed: int = 0, effort: int = _EFFO
 
 def partition(problem: Partition, start: Ints, seed: int = 0) -> Partitioned:
     """The best partition found from ``start`` (which must meet the limits) with its bound."""
+    if problem.towers == 2 and 2 <= len(problem.gain) <= MOST:
+        best = _named(best_halves(problem.gain, problem.resources, problem.sizes, problem.capacity))
+        value = partition_value(problem.gain, best)
+        return Partitioned(best, value, value, "enumeration")
     best = searched(problem, start, seed)
     value = partition_value(problem.gain, best)
     bound, method = upper_bound(
