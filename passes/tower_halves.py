@@ -56,4 +56,5 @@ def _signs(count: int, fixed: bool) -> Floats:
     """(2^count, count) of +1 and -1; with ``fixed`` those that start with +1."""
     numbers = np.arange(2 ** (count - 1) if fixed else 2**count)
     bits = (numbers[:, None] >> np.arange(count - 1, -1, -1)) & 1
-    return 1.0 - 2.0 * bits
+    signs: Floats = np.where(bits, -1.0, 1.0)
+    return signs
