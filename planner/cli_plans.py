@@ -94,7 +94,8 @@ def explain(
 def _why_not(
     plan: Plan, table: str, asked: str, model: str | None, time_limit: float | None, as_json: bool
 ) -> None:
-    from planner.explain_why_not import render_why_not, why_not
+    from planner.explain_why_not import why_not
+    from planner.why_not_answer import render_why_not
 
     with search_progress(hidden=as_json):
         found = why_not(plan, table, asked, model=model, time_limit=time_limit)

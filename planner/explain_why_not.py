@@ -1,64 +1,29 @@
-"""Why not: what another option for one table would cost, or another place, or why it cannot be had.
+"""Why not: what another option for one table would cost, or why it cannot be had.
 
 The other option is forced and everything else decided again, starting from the plan; the cost lies between the
-bound that is proved for the forced problem and the plan that was found. A place is asked about with everything
-else left where it is, because ranks are alike: with everything else free, names of ranks can be exchanged.
+bound that is proved for the forced problem and the plan that was found. Another place is asked about in
+:mod:`planner.why_not_place`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-from pydantic import ConfigDict
-from rich.console import Group, RenderableType
-from rich.text import Text
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import ir.plan
-from cost_models.placed import placed_units
 from ir.constraints import SHARDING_TYPES, Constraints, ShardingType, TableConstraint
 from ir.errors import InfeasibleError, InputError, did_you_mean
 from ir.plan import TablePlan
-from ir.reading import STRICT
 from ir.sharding import COLUMN_SPLIT
-from ir.units import format_bytes, format_seconds
-from planner.diff import diff_plans, moved_bytes
+from planner.diff import diff_plans
 from planner.explain import find_table
-from planner.render import grid, percent_change, signed
-from planner.what_if import model_of, program_of
+from planner.what_if import model_of
+from planner.why_not_answer import SAME, Verdict, WhyNot
+from planner.why_not_place import pinned, why_not_there
 
 if TYPE_CHECKING:
     from cost_models.calibration import Calibration
-    from ir.program import Model, Program
-    from ir.topology import Topology
-
-Verdict = Literal["chosen", "not offered", "does not fit", "costs nothing", "costs", "better"]
-
-MOST_UNITS = 16  # units of a table that are tried in another place
-SAME = 1e-6  # relative difference below which two objectives are the same
-
-
-@dataclass(frozen=True, slots=True)
-class WhyNot:
-    """The answer; seconds are of the objective or the modelled step, costs are against the plan."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-
-    table: str
-    asked: str  # "row_wise", "column_wise x4", "rank=5", "host=1"
-    chosen: str
-    verdict: Verdict
-    reason: str
-    at_most: float | None = None  # objective of the best plan found with it, less the plan's
-    at_least: float | None = None  # proved for every plan with it, less the plan's; never below 0
-    step: float | None = None  # modelled step with it, seconds
-    step_change: float | None = None
-    bound_method: str = ""
-    changes: int = 0  # other tables that are decided differently then
-    moved_bytes: int = 0  # weights (fp32) on ranks that do not hold them now, all tables
-    terms: dict[str, float] | None = None  # of the table with it, summed over ranks
-    memory: dict[str, int] | None = None
+    from ir.program import Model
 
 
 def why_not(
@@ -86,7 +51,7 @@ def why_not(
     table = find_table(plan, name)
     captured = model_of(plan, model)
     if "=" in asked:
-        return _why_not_there(plan, table, captured, asked, calibration)
+        return why_not_there(plan, table, captured, asked, calibration)
     kind, _, columns = asked.partition(" ")
     if kind not in SHARDING_TYPES:
         raise InputError(
@@ -209,7 +174,7 @@ def _forced(
         if step.name == "sharding":
             if limits.formats is None and limits.tiers is None:
                 step = ForcedSharding(table.name, tuple(labels), plan.table_plans, calibration)
-            same = Relabel(plan.table_plans, tuple(range(plan.world_size)), _pinned(plan))
+            same = Relabel(plan.table_plans, tuple(range(plan.world_size)), pinned(plan))
             passes += [step, same]
         else:
             passes.append(step)
@@ -225,164 +190,3 @@ def _forced(
         objective=plan.provenance.get("objective", "phases"),  # type: ignore[arg-type]
         name=plan.model.name,
     )
-
-
-def _pinned(plan: ir.plan.Plan) -> frozenset[str]:
-    """Tables whose ranks the user has named."""
-    limits = plan.constraints
-    return frozenset(t.name for t in plan.table_plans if limits.for_table(t.name).ranks is not None)
-
-
-def _why_not_there(
-    plan: ir.plan.Plan,
-    table: TablePlan,
-    model: Model,
-    asked: str,
-    calibration: Calibration | None,
-) -> WhyNot:
-    """A unit of the table moved to a rank or host, all else left where it is."""
-    ranks = _ranks_of(plan, asked)
-    if any(rank in ranks for rank in table.ranks(plan.world_size)):
-        return WhyNot(table.name, asked, table.option, "chosen", f"{table.option}: a part of it lies there")
-    program = program_of(plan, model)
-    base = _repriced(program, table, calibration)[0]
-    found: tuple[float, TablePlan] | None = None
-    lacking: list[int] = []
-    for moved in _moves(table, _candidates(plan, ranks), plan.topology):
-        step, short = _repriced(program, moved, calibration)
-        if short > 0:
-            lacking.append(short)
-        elif found is None or step < found[0]:
-            found = step, moved
-    named = "" if _pinned(plan) else "; ranks are alike: the same plan with its ranks renamed has it there"
-    if found is None:
-        reason = f"with all else left where it is, {format_bytes(min(lacking))} would lack there{named}"
-        return WhyNot(table.name, asked, table.option, "does not fit", reason)
-    verdict, reason = _verdict_of_move(found[0] - base, base)
-    return WhyNot(
-        table.name,
-        asked,
-        table.option,
-        verdict,
-        reason + named,
-        step=found[0],
-        step_change=found[0] - base,
-        moved_bytes=moved_bytes(table, found[1], plan.world_size),
-    )
-
-
-def _verdict_of_move(change: float, base: float) -> tuple[Verdict, str]:
-    if change < -SAME * base:
-        return "better", "the search did not find it in its limit: the step is shorter with the table there"
-    if change <= SAME * base:
-        return "costs nothing", "with all else left where it is, the step is the same with the table there"
-    return "costs", "with all else left where it is, others would wait for that rank"
-
-
-def _ranks_of(plan: ir.plan.Plan, asked: str) -> tuple[int, ...]:
-    place, _, number = asked.partition("=")
-    topology = plan.topology
-    count = {"rank": plan.world_size, "host": topology.hosts}.get(place)
-    if count is None or not number.isdigit():
-        raise InputError(f"--why-not {asked} names no place; write rank=5 or host=1")
-    at = int(number)
-    if at >= count:
-        raise InputError(f"the plan has {place}s 0..{count - 1}, not {at}")
-    size = topology.host_size
-    return (at,) if place == "rank" else tuple(range(at * size, (at + 1) * size))
-
-
-def _candidates(plan: ir.plan.Plan, ranks: tuple[int, ...]) -> tuple[int, ...]:
-    """Of several ranks the one with the most free memory and the one with the least work on tables."""
-    from cost_models.calibration import default_calibration
-    from cost_models.placed import rank_seconds
-
-    loads = rank_seconds(
-        plan.table_plans, plan.topology, plan.workload, default_calibration(plan.topology), plan.mode
-    )
-    busy = sum(loads.values())
-    emptiest = min(ranks, key=lambda rank: (plan.memory[rank].total, rank))
-    idlest = min(ranks, key=lambda rank: (float(busy[rank]), rank))  # type: ignore[index]
-    return tuple(dict.fromkeys((emptiest, idlest)))
-
-
-def _moves(table: TablePlan, ranks: tuple[int, ...], topology: Topology) -> Iterator[TablePlan]:
-    """The table with one of its units, or all where they stay in one host, moved to a rank."""
-    size = topology.host_size
-    placed = list(placed_units(table, topology))
-    for rank in ranks:
-        host = topology.host_of(rank)
-        if table.sharding_type == "table_column_wise":
-            shift = rank - table.shards[0].rank
-            moved = [host * size + (shard.rank + shift) % size for shard in table.shards]
-            yield _on(table, moved)
-            continue
-        for chosen in range(min(len(placed), MOST_UNITS)):
-            where = [list(held) for _, held in placed]
-            where[chosen] = (
-                [rank] if placed[chosen][0].scope == "rank" else [host * size + i for i in range(size)]
-            )
-            yield _on(table, [held for unit in where for held in unit])
-
-
-def _on(table: TablePlan, ranks: list[int]) -> TablePlan:
-    shards = (replace(shard, rank=rank) for shard, rank in zip(table.shards, ranks, strict=True))
-    return replace(table, shards=tuple(shards))
-
-
-def _repriced(program: Program, table: TablePlan, calibration: Calibration | None) -> tuple[float, int]:
-    """Modelled step with a table's shards as given, and the bytes that the fullest rank lacks (or has left: < 0)."""
-    from passes.memory import MemoryAccounting
-    from passes.step import StepTimeline
-
-    assert program.tables is not None
-    tables = tuple(table if kept.name == table.name else kept for kept in program.tables)
-    made = StepTimeline(calibration).run(MemoryAccounting().run(replace(program, tables=tables)))
-    assert made.memory is not None
-    assert made.timeline is not None
-    return made.timeline.step, max(rank.total - rank.limit for rank in made.memory)
-
-
-def render_why_not(plan: ir.plan.Plan, found: WhyNot) -> RenderableType:
-    """The verdict in one line, then the costs side by side."""
-    head = Text(f"{found.table}: why not {found.asked}? chosen is {found.chosen}", style="bold")
-    verdict = Text(f"{found.verdict}: {found.reason}")
-    if found.step_change is None:
-        return Group(head, verdict)
-    costs = grid("", ">plan", f">with {found.asked}", ">change")
-    if found.at_most is not None:
-        objective = plan.certificate.objective
-        costs.add_row(
-            "objective",
-            format_seconds(objective),
-            format_seconds(objective + found.at_most),
-            signed(found.at_most),
-        )
-    step = (found.step or 0.0) - found.step_change
-    costs.add_row(
-        "modelled step", format_seconds(step), format_seconds(found.step or 0.0), signed(found.step_change)
-    )
-    table = plan.tables[found.table]
-    for term, seconds in (found.terms or {}).items():
-        before = table.terms.get(term, 0.0)
-        costs.add_row(
-            f"{term}, all ranks", format_seconds(before), format_seconds(seconds), signed(seconds - before)
-        )
-    if found.memory is not None:
-        before_bytes, after = sum(table.memory.values()), sum(found.memory.values())
-        costs.add_row(
-            "its memory", format_bytes(before_bytes), format_bytes(after), percent_change(before_bytes, after)
-        )
-    lines: list[RenderableType] = [head, verdict, Text(), costs, Text()]
-    if found.at_most is not None and found.at_least is not None:
-        proof = (
-            f"proved to cost at least {signed(found.at_least)} ({found.bound_method})"
-            if found.at_least > 0
-            else f"not proved to cost anything ({found.bound_method})"
-        )
-        lines.append(
-            Text(f"costs at most {signed(found.at_most)}: such a plan was found, all else free; {proof}")
-        )
-    more = f"{found.changes} other tables change, " if found.at_most is not None else ""
-    lines.append(Text(f"{more}{format_bytes(found.moved_bytes)} of weights move"))
-    return Group(*lines)

@@ -13,8 +13,8 @@ from ir.plan import Plan, TablePlan
 from ir.reading import STRICT
 from ir.serving import Serving
 from ir.topology import Topology
-from planner.explain_why_not import WhyNot
 from planner.report_pareto import BudgetPoint
+from planner.why_not_answer import WhyNot
 
 
 @dataclass(frozen=True, slots=True)
