@@ -9,7 +9,7 @@ from ir.errors import InputError, did_you_mean
 from ir.plan import Plan, TablePlan
 from ir.units import format_bytes, format_count, format_seconds
 from planner.llm_render import explain_llm, explain_llm_rank
-from planner.render import grid, percent, signed, summary, table_list
+from planner.render import assumption_list, grid, percent, signed, summary, table_list
 from planner.sections import render_sections
 from planner.serving_render import explain_serving
 from planner.storage_render import storage_lines
@@ -35,17 +35,9 @@ def explain_plan(plan: Plan, limit: int = 20) -> RenderableType:
         Text("tables, costliest first", style="bold"),
         table_list(plan, limit=limit),
         Text(),
-        Text("assumptions", style="bold"),
-        _assumptions(plan),
+        assumption_list(plan),
         *render_sections(plan),
     )
-
-
-def _assumptions(plan: Plan) -> RenderableType:
-    table = grid("name", "value", "source")
-    for assumption in plan.assumptions:
-        table.add_row(assumption.name, assumption.value, assumption.source)
-    return table
 
 
 def _places(ranks: tuple[int, ...]) -> str:

@@ -12,7 +12,7 @@ from ir.errors import InputError
 from ir.parallelism import Parallelism
 from ir.plan import Plan
 from ir.units import format_bytes, format_count, format_seconds
-from planner.render import grid, headline, percent, timeline_chart
+from planner.render import assumption_list, grid, headline, percent, timeline_chart
 
 
 def parallelism_of(plan: Plan) -> Parallelism:
@@ -32,7 +32,7 @@ def describe(plan: Plan) -> str:
 def llm_summary(plan: Plan, events: bool = True) -> RenderableType:
     """One screen: the headline numbers, the modelled step, what it is made of, and the next layouts."""
     made = parallelism_of(plan)
-    parts: list[RenderableType] = [_headline(plan, made), Text()]
+    parts: list[RenderableType] = [headline(plan, llm_facts(plan)), Text()]
     if events and plan.timeline.events:
         parts += [Text("modelled step", style="bold"), timeline_chart(plan.timeline), Text()]
     parts += [Text("layouts", style="bold"), _layouts(plan, made)]
@@ -40,11 +40,13 @@ def llm_summary(plan: Plan, events: bool = True) -> RenderableType:
     return Group(*parts)
 
 
-def _headline(plan: Plan, made: Parallelism) -> RenderableType:
+def llm_facts(plan: Plan) -> list[tuple[str, str]]:
+    """What is said first of a decoder's training plan, by name."""
+    made = parallelism_of(plan)
     layout, search = made.layout, made.search
     fed = plan.workload.llm or LlmWorkload()
     fullest = max(plan.memory, key=lambda rank: rank.total / rank.limit)
-    rows = [
+    return [
         (
             "model",
             f"{format_count(made.model.params)} parameters, {made.model.layers} layers; {fed.sequence:,} tokens a "
@@ -70,7 +72,6 @@ def _headline(plan: Plan, made: Parallelism) -> RenderableType:
             f"({percent(fullest.total, fullest.limit)})",
         ),
     ]
-    return headline(plan, rows)
 
 
 def _stages(made: Parallelism) -> str:
@@ -95,6 +96,16 @@ def _layouts(plan: Plan, made: Parallelism) -> RenderableType:
 
 def explain_llm(plan: Plan) -> RenderableType:
     """The summary, every term of the step with its share, memory by pipeline rank, and the assumptions."""
+    return Group(llm_summary(plan), Text(), _details(plan), Text(), assumption_list(plan))
+
+
+def render_parallelism(plan: Plan) -> RenderableType:
+    """The section alone: the layouts, the terms of the step, memory by pipeline rank."""
+    layouts = [Text("layouts", style="bold"), _layouts(plan, parallelism_of(plan)), Text()]
+    return Group(*layouts, _details(plan))
+
+
+def _details(plan: Plan) -> RenderableType:
     made = parallelism_of(plan)
     terms = grid("term", ">seconds", ">of the step", ">hidden besides")
     for name, seconds in made.seconds.items():
@@ -105,20 +116,12 @@ def explain_llm(plan: Plan) -> RenderableType:
             percent(seconds, plan.timeline.step),
             format_seconds(behind) if behind else "-",
         )
-    assumed = grid("name", "value", "source")
-    for assumption in plan.assumptions:
-        assumed.add_row(assumption.name, assumption.value, assumption.source)
     return Group(
-        llm_summary(plan),
-        Text(),
         Text("the step", style="bold"),
         terms,
         Text(),
         Text("memory of a device, by pipeline rank", style="bold"),
         _memory(plan, made),
-        Text(),
-        Text("assumptions", style="bold"),
-        assumed,
     )
 
 

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 import ir.plan
-from ir.plan import Event, Timeline
+from ir.plan import Certificate, Event, Timeline
+from ir.topology import Topology
 from ir.units import format_bytes, format_count, format_seconds
 
 WIDTH = 100
@@ -67,7 +68,7 @@ def summary(plan: ir.plan.Plan, events: bool = True) -> RenderableType:
         from planner.serving_render import serving_summary
 
         return serving_summary(plan)
-    parts: list[RenderableType] = [_headline(plan), Text()]
+    parts: list[RenderableType] = [headline(plan, facts(plan)), Text()]
     if events and plan.timeline.events:
         parts += [Text("modelled step", style="bold"), timeline_chart(plan.timeline), Text()]
     parts += [Text("decisions", style="bold"), _decisions(plan)]
@@ -79,10 +80,7 @@ def summary(plan: ir.plan.Plan, events: bool = True) -> RenderableType:
 def headline(plan: ir.plan.Plan, rows: Sequence[tuple[str, str]]) -> Table:
     """What was planned for which machine, ``rows``, and the digest, one a line."""
     topology = plan.topology
-    what = (
-        f"{plan.model.name} on {topology.name} ({topology.hosts} hosts x {topology.host_size} "
-        f"{topology.device.name}), {plan.mode}"
-    )
+    what = f"{plan.model.name} on {topology.name} ({machine(topology)}), {plan.mode}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -91,14 +89,30 @@ def headline(plan: ir.plan.Plan, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _headline(plan: ir.plan.Plan) -> RenderableType:
+def objective_words(certificate: Certificate) -> str:
+    """What is minimised, without how it is added up: ``"embedding time"``."""
+    return certificate.objective_name.partition(":")[0].removesuffix(", seconds").removesuffix(" of a step")
+
+
+def machine(topology: Topology) -> str:
+    """``"16 hosts x 8 H100-SXM5-80GB"``."""
+    hosts = f"{topology.hosts} host{'s' * (topology.hosts != 1)}"
+    return f"{hosts} x {topology.host_size} {topology.device.name}"
+
+
+def facts(plan: ir.plan.Plan) -> list[tuple[str, str]]:
+    """What is said first of a recommender's plan, by name."""
     certificate, model, step = plan.certificate, plan.model, plan.timeline.step
     fullest = max(plan.memory, key=lambda rank: rank.total / rank.limit)
-    rows = [
+    return [
         (
             "model",
             f"{len(plan.table_plans)} tables, {format_count(model.embedding_params)} embedding parameters, "
-            f"{format_count(model.dense_params)} dense, {format_count(model.dense_flops)}FLOP forward a sample",
+            + (
+                f"{format_count(model.dense_params)} dense, {format_count(model.dense_flops)}FLOP forward a sample"
+                if model.dense_params
+                else "no dense part"
+            ),
         ),
         (
             "step",
@@ -107,7 +121,7 @@ def _headline(plan: ir.plan.Plan) -> RenderableType:
         ),
         (
             "certificate",
-            f"embedding time {format_seconds(certificate.objective)}, proved no plan below "
+            f"{objective_words(certificate)} {format_seconds(certificate.objective)}, proved no plan below "
             f"{format_seconds(certificate.lower_bound)}: gap {100 * certificate.gap:.2f} % "
             f"({certificate.status})",
         ),
@@ -117,7 +131,14 @@ def _headline(plan: ir.plan.Plan) -> RenderableType:
             f"usable ({percent(fullest.total, fullest.limit)})",
         ),
     ]
-    return headline(plan, rows)
+
+
+def assumption_list(plan: ir.plan.Plan) -> RenderableType:
+    """What the plan rests on, each with its source."""
+    table = grid("name", "value", "source")
+    for assumption in plan.assumptions:
+        table.add_row(assumption.name, assumption.value, assumption.source)
+    return Group(Text("assumptions", style="bold"), table)
 
 
 def _decisions(plan: ir.plan.Plan) -> RenderableType:

@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 
 from ir.errors import PlannerError
-from ir.plan import Plan, TablePlan, write_atomically
-from ir.units import format_bandwidth, format_bytes, format_count, format_seconds
+from ir.plan import Plan, write_atomically
+from ir.units import format_bytes, format_count, format_seconds
+from planner.llm_render import llm_facts
+from planner.render import machine, objective_words
+from planner.report_machine import machine_data, tier_data
 from planner.report_measured import Measured, measured_data, read_measured
 from planner.report_pareto import BudgetPoint, fronts
+from planner.report_sections import section_parts
+from planner.report_tables import table_rows
+from planner.serving_render import serving_facts
 
 MOST_RUNS = 600  # bars of the memory chart; more ranks than that are joined
-MOST_SHARDS = 2048  # blocks drawn of one table
 
 
 def write_report(
@@ -63,7 +68,10 @@ def render_report(
     return environment.get_template("report.html.j2").render(
         title=f"{plan.model.name} on {plan.topology.name}",
         head=_headline(plan),
-        sections=_sections(plan),
+        step_title="Modelled prompt, to its first token"
+        if plan.decisions.serving is not None
+        else "Modelled step",
+        sections=section_parts(plan),
         assumptions=plan.assumptions,
         warnings=plan.warnings,
         provenance=plan.provenance,
@@ -84,12 +92,9 @@ def report_data(
         ],
         "memory": _memory(plan),
         "load": _load(plan),
-        "tables": [_table(table, plan.world_size) for table in plan.table_plans],
-        "levels": [
-            [level.name, level.fanout, level.link.name, format_bandwidth(level.link.bandwidth)]
-            for level in plan.topology.levels
-        ],
-        "network": _network_share(plan),
+        "tables": table_rows(plan),
+        "machine": machine_data(plan),
+        "tiers": tier_data(plan),
         "measured": measured_data(plan, measured) if measured is not None else None,
         "fronts": fronts(plan, sweep),
         "sensitivity": _sensitivity(plan) if sensitivity else [],
@@ -97,49 +102,52 @@ def report_data(
 
 
 def _headline(plan: Plan) -> list[tuple[str, str]]:
+    """The cards on top: what the plan's kind says first, in few words."""
+    cards = [("machine", f"{machine(plan.topology)}, {plan.mode}")]
+    digest = ("digest", plan.digest.removeprefix("sha256:")[:16])
+    if plan.decisions.parallelism is not None:
+        return [*_joined(llm_facts(plan)), *cards, digest]
+    if plan.decisions.serving is not None:
+        return [*_joined(serving_facts(plan)), *cards, digest]
     certificate, model = plan.certificate, plan.model
     fullest = max(plan.memory, key=lambda rank: rank.total / rank.limit)
-    tokens = plan.workload.llm.global_tokens if plan.workload.llm else 0
-    batch, unit = (tokens, "tokens") if tokens else (plan.workload.global_batch, "samples")
+    batch = plan.workload.global_batch
     rate = batch / plan.timeline.step if plan.timeline.step else 0.0
+    objective, bound = format_seconds(certificate.objective), format_seconds(certificate.lower_bound)
+    dense = f"{format_count(model.dense_params)} dense parameters" if model.dense_params else "no dense part"
     return [
         ("step", f"{format_seconds(plan.timeline.step)} modelled"),
-        ("throughput", f"{format_count(rate)} {unit}/s at {batch:,} {unit} a step"),
-        ("proved gap", f"{100 * certificate.gap:.2f} % ({certificate.status})"),
-        (
-            "objective",
-            f"{format_seconds(certificate.objective)}, none below {format_seconds(certificate.lower_bound)}",
-        ),
+        ("throughput", f"{format_count(rate)} samples/s at {batch:,} samples a step"),
+        (f"certificate: {objective_words(certificate)}", f"{objective}, proved none below {bound}"),
+        ("gap to the bound", f"{100 * certificate.gap:.2f} % ({certificate.status})"),
         ("fullest rank", f"{format_bytes(fullest.total)} of {format_bytes(fullest.limit)}"),
         (
             "model",
-            (
-                f"{len(plan.table_plans)} tables, {format_count(model.embedding_params)} embedding and "
-                f"{format_count(model.dense_params)} dense parameters"
-                if plan.table_plans
-                else f"{format_count(model.dense_params)} parameters"
-            ),
+            f"{len(plan.table_plans)} tables, {format_count(model.embedding_params)} embedding parameters, {dense}",
         ),
-        (
-            "machine",
-            f"{plan.topology.hosts} host{'s' * (plan.topology.hosts != 1)} x {plan.topology.host_size} "
-            f"{plan.topology.device.name}, {plan.mode}",
-        ),
-        ("digest", plan.digest.removeprefix("sha256:")[:16]),
+        *cards,
+        digest,
     ]
 
 
-def _sections(plan: Plan) -> list[tuple[str, str]]:
-    """The decision sections as preformatted text, by name."""
-    from planner.render import to_text
-    from planner.sections import render_section
-
-    return [(name, to_text(render_section(plan, name), width=130)) for name in plan.decisions.present()]
+def _joined(facts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Facts with those that have no name of their own added to the one before."""
+    made: list[tuple[str, str]] = []
+    for name, text in facts:
+        if not name and made:
+            made[-1] = (made[-1][0], f"{made[-1][1]}; {text}")
+        else:
+            made.append((name, text))
+    return made
 
 
 def _memory(plan: Plan) -> dict[str, Any]:
     """Runs of ranks with the same use; at most MOST_RUNS, by joining neighbours under their largest."""
-    purposes = sorted({purpose for rank in plan.memory for purpose in rank.used})
+    most: dict[str, int] = {}
+    for rank in plan.memory:
+        for purpose, size in rank.used.items():
+            most[purpose] = max(size, most.get(purpose, 0))
+    purposes = sorted(most, key=lambda purpose: (-most[purpose], purpose))
     rows = [[rank.used.get(purpose, 0) for purpose in purposes] for rank in plan.memory]
     runs = []
     for _, group in groupby(enumerate(rows), key=lambda item: tuple(item[1])):
@@ -166,43 +174,6 @@ def _load(plan: Plan) -> dict[str, Any]:
     )
     table = np.stack(list(loads.values()), axis=1)
     return {"phases": list(loads), "seconds": [[float(f"{x:.4g}") for x in row] for row in table.tolist()]}
-
-
-def _table(table: TablePlan, world_size: int) -> list[Any]:
-    """One row of the explorer; geometry that follows from the type is not listed."""
-    up = table.runner_up
-    listed = table.sharding_type not in ("row_wise", "data_parallel")
-    shards = [[s.rank, s.row, s.col, s.rows, s.cols] for s in table.shards] if listed else []
-    return [
-        table.name,
-        table.rows,
-        table.dim,
-        table.dtype,
-        table.option,
-        len(table.ranks(world_size)),
-        sum(table.memory.values()),
-        sum(table.terms.values()),
-        up.option if up else "",
-        up.delta if up and up.delta is not None else None,
-        table.reason,
-        shards[:MOST_SHARDS],
-        {name: float(f"{seconds:.4g}") for name, seconds in table.terms.items()},
-        _tiers(table),
-    ]
-
-
-def _tiers(table: TablePlan) -> list[list[Any]]:
-    """``[tier, rows]`` bands, hottest first, where the rows live in more than one memory."""
-    placed = getattr(table, "tiers", None)
-    if placed is None:
-        return []
-    return [[band.tier, band.rows] for band in placed.ranges]
-
-
-def _network_share(plan: Plan) -> float:
-    """Fraction of the step in which the network works."""
-    busy = sum(e.duration for e in plan.timeline.events if e.stream == "network")
-    return busy / plan.timeline.step if plan.timeline.step else 0.0
 
 
 def _sensitivity(plan: Plan) -> list[list[Any]]:

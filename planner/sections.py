@@ -17,7 +17,7 @@ RENDERERS: dict[str, str] = {
     "dedup": "planner.dedup_render:render_dedup",
     "dense": "planner.dense_render:render_dense",
     "formats": "planner.storage_render:render_formats",
-    "parallelism": "planner.llm_render:explain_llm",
+    "parallelism": "planner.llm_render:render_parallelism",
     "growth": "planner.growth_render:render_growth",
     "serving": "planner.serving_render:render_serving",
     "tiers": "planner.storage_render:render_tiers",

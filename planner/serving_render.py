@@ -9,7 +9,7 @@ from ir.errors import InputError
 from ir.plan import Plan
 from ir.serving import Serving
 from ir.units import format_bytes, format_count, format_seconds
-from planner.render import grid, headline, percent
+from planner.render import assumption_list, grid, headline, percent
 
 
 def serving_of(plan: Plan) -> Serving:
@@ -22,6 +22,12 @@ def serving_of(plan: Plan) -> Serving:
 
 def serving_summary(plan: Plan) -> RenderableType:
     """One screen: the layout, the latencies, memory, the exchange, the next layouts."""
+    layouts = _layouts(serving_of(plan))
+    return Group(headline(plan, serving_facts(plan)), Text(), Text("layouts", style="bold"), layouts)
+
+
+def serving_facts(plan: Plan) -> list[tuple[str, str]]:
+    """What is said first of a serving plan, by name."""
     made = serving_of(plan)
     request, chosen = made.request, made.chosen
     targets = [
@@ -29,10 +35,10 @@ def serving_summary(plan: Plan) -> RenderableType:
         for name, value in (("ttft", request.ttft), ("ttit", request.ttit))
         if value is not None
     ]
-    rows = [
+    return [
         (
             "request",
-            f"{request.new:,} new tokens after {request.cached:,} cached, {request.batch} sequences decoded together; "
+            f"{request.new:,} new tokens after {request.cached:,} cached, {_sequences(request.batch)}; "
             + (", ".join(targets) or "no latency target"),
         ),
         ("layout", f"{chosen.layout.label}: {chosen.layout.ranks} devices, {made.replicas} replicas"),
@@ -53,7 +59,10 @@ def serving_summary(plan: Plan) -> RenderableType:
             f"{format_count(made.longest)} tokens fit",
         ),
     ]
-    return Group(headline(plan, rows), Text(), Text("layouts", style="bold"), _layouts(made))
+
+
+def _sequences(count: int) -> str:
+    return f"{count} sequences decoded together" if count > 1 else "one sequence decoded"
 
 
 def _layouts(made: Serving) -> RenderableType:
@@ -72,7 +81,11 @@ def _layouts(made: Serving) -> RenderableType:
 
 
 def render_serving(plan: Plan) -> RenderableType:
-    """What both latencies and the memory are made of, and the decision table."""
+    """The section alone: the layouts, what latencies and memory are made of, and the decision table."""
+    return Group(Text("layouts", style="bold"), _layouts(serving_of(plan)), Text(), _details(plan))
+
+
+def _details(plan: Plan) -> RenderableType:
     made = serving_of(plan)
     terms = grid("term", ">to the first token", ">between tokens")
     for name in dict.fromkeys((*made.prefill, *made.decode)):
@@ -95,14 +108,4 @@ def render_serving(plan: Plan) -> RenderableType:
 
 def explain_serving(plan: Plan) -> RenderableType:
     """The summary, the terms, the decision table and the assumptions."""
-    assumed = grid("name", "value", "source")
-    for assumption in plan.assumptions:
-        assumed.add_row(assumption.name, assumption.value, assumption.source)
-    return Group(
-        serving_summary(plan),
-        Text(),
-        render_serving(plan),
-        Text(),
-        Text("assumptions", style="bold"),
-        assumed,
-    )
+    return Group(serving_summary(plan), Text(), _details(plan), Text(), assumption_list(plan))

@@ -111,11 +111,19 @@ def render_tiers(plan: Plan) -> RenderableType:
 
 def _goal(section: TierPlan) -> str:
     limit = "" if section.step_limit is None else f" of {format_seconds(section.step_limit)} allowed"
-    unit = {"step": " s", "nodes": " hosts", "cost": " US dollars", "power": " W"}[section.objective_name]
+    hosts = f"{section.hosts} host{'s' * (section.hosts != 1)}"
+    value, bound = (_in_unit(section, x) for x in (section.objective, section.lower_bound))
     return (
-        f"step {format_seconds(section.step)}{limit} on {section.hosts} hosts; objective {section.objective_name} "
-        f"{section.objective:.6g}{unit}, proved to be {section.lower_bound:.6g} at least"
+        f"step {format_seconds(section.step)}{limit} on {hosts}; objective {section.objective_name} {value}, "
+        f"proved to be {bound} at least"
     )
+
+
+def _in_unit(section: TierPlan, value: float) -> str:
+    if section.objective_name == "step":
+        return format_seconds(value)
+    unit = {"nodes": "hosts", "cost": "US dollars", "power": "W"}[section.objective_name]
+    return f"{value:.6g} {unit}"
 
 
 def _ranges(tiers: TableTiers) -> str:

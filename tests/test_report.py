@@ -165,6 +165,11 @@ USE = """
   seen.spans = all('#spans rect').length;
   seen.phases = all('#phases tbody tr').map(r => [...r.children].map(c => c.textContent));
   seen.fronts = all('#fronts circle').length;
+  seen.links = all('#tree .link').length;
+  seen.loads = all('#topology .level').map(r => [...r.children].map(c => c.textContent));
+  seen.ops = all('#ops tbody tr').length;
+  seen.wide = document.documentElement.scrollWidth <= innerWidth;
+  seen.sections = all('details.part h3, details.part table').length;
   seen.coloured = all('.devices i').every(c => c.style.background.startsWith('rgb'));
   const box = document.createElement('pre');
   box.id = 'seen'; box.textContent = JSON.stringify(seen);
@@ -213,10 +218,63 @@ def test_alive_in_a_browser(plan: planner.Plan, large: planner.Plan, tmp_path: P
         assert seen["events"] == sum(e.duration > 0 for e in made.timeline.events)
         assert seen["devices"] == made.world_size
         assert seen["coloured"]
+        assert seen["links"] == made.topology.hosts
+        assert [row[0] for row in seen["loads"]] == ["host: nvlink4", "cluster: ib-ndr-400"]
+        assert all(row[5] != "nothing" for row in seen["loads"])
+        assert seen["ops"] == len(made.timeline.events)
+        assert seen["wide"]  # nothing makes the page scroll sideways
         assert seen["spans"] == len(MEASURED.spans)
         assert seen["fronts"] == len(SWEEP) - 1  # nothing fits the last budget
         row = next(row for row in seen["phases"] if row[0] == "gradient_dist")
         assert row[2:4] == ["3 ms", "2 ms"]  # the slowest and the fastest rank
+
+
+# Opens every section and looks for what is drawn only where the plan has it.
+LOOK = """
+<script>
+(async () => {
+  const all = s => [...document.querySelectorAll(s)], seen = {};
+  all('details').forEach(d => { d.open = true; });
+  seen.ready = document.documentElement.dataset.ready;
+  seen.sections = all('details.part[id]').map(d => d.id.replace('section-', ''));
+  seen.empty = all('details.part[id]').filter(d => !d.querySelector('table')).map(d => d.id);
+  seen.titles = all('h2').map(h => h.textContent);
+  seen.cards = all('.head dt').map(d => d.textContent);
+  seen.links = all('#tree .link').length;
+  seen.loads = all('#topology .level').map(r => r.children[5].textContent);
+  seen.tiers = all('#tiers tr').length;
+  seen.notes = all('#detail .note').length;
+  seen.wide = document.documentElement.scrollWidth <= innerWidth;
+  const box = document.createElement('pre');
+  box.id = 'seen'; box.textContent = JSON.stringify(seen);
+  document.body.append(box);
+})();
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("kind", ["all", "llm", "serving"])
+def test_every_kind_of_plan_is_drawn_with_all_its_sections(kind: str, tmp_path: Path) -> None:
+    made = planner.Plan.load(Path(__file__).parent / "data" / "fuzz" / f"plan-{kind}.json")
+    seen = in_browser(render_report(made, sensitivity=False) + LOOK, tmp_path)
+    assert seen["ready"] == "yes"
+    assert seen["sections"] == list(made.decisions.present())
+    assert seen["empty"] == []
+    assert seen["wide"]
+    assert len(seen["loads"]) == sum(level.fanout > 1 for level in made.topology.levels[1:]) + 1
+    assert (seen["tiers"] > 0) == (made.decisions.tiers is not None)
+    if kind == "all":
+        assert seen["notes"] >= 2  # of the table that is shown first: its format, besides the runner-up
+        assert any(load != "nothing" for load in seen["loads"])
+        assert seen["links"] == made.topology.hosts
+        assert "Tables" in seen["titles"]
+    else:
+        assert "layout" in seen["cards"]
+        assert "Tables" not in seen["titles"]
+    if kind == "serving":
+        assert "throughput" not in seen["cards"]  # samples a second mean nothing to it
+        assert "Modelled prompt, to its first token" in seen["titles"]
 
 
 def test_command_line_with_a_measured_run(plan: planner.Plan, tmp_path: Path) -> None:
