@@ -274,7 +274,7 @@ def composed_model(
         )
         if parameters
     )
-    return TowerModel(wrapped, lookup, optimizers, tuple(m.tower for m in movable))
+    return TowerModel(wrapped, lookup, optimizers, {m.tower: str(m.node.target) for m in movable})
 
 
 def _narrow_layers(plan: Plan, module: nn.Module) -> None:

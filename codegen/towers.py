@@ -154,7 +154,9 @@ class TowerModel:
     module: nn.Module
     lookup: TowerLookup
     optimizers: tuple[torch.optim.Optimizer, ...]
-    moved: tuple[int, ...]  # towers whose module runs before the exchange between peers
+    moved: dict[
+        int, str
+    ]  # towers whose module runs before the exchange between peers, and its path in the model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass on this rank's samples; ranks may have different numbers of them."""
@@ -267,7 +269,9 @@ def tower_model(
         if not key.startswith(f"{LOOKUP}.lookup.") and p.requires_grad
     ]
     made += [make_optimizer(dense[0], rest, dense[1], eps=eps)] if rest else []
-    return TowerModel(_replicated(graph, group), lookup, tuple(made), tuple(m.tower for m in movable))
+    return TowerModel(
+        _replicated(graph, group), lookup, tuple(made), {m.tower: str(m.node.target) for m in movable}
+    )
 
 
 def applied_towers(plan: Plan) -> TowerDecision:

@@ -75,7 +75,7 @@ def run(
         click.echo(json.dumps(result.to_dict() | {"predicted_step": loaded.timeline.step}))
     else:
         show(render_run(loaded, result))
-    if not result.equal:
+    if not result.accepted:
         sys.exit(1)
 
 

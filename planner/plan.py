@@ -71,24 +71,14 @@ class Plan(ir.plan.Plan):
             from codegen.formats import apply
 
             return apply(self, module, **kwargs)
-        from codegen.composed import composed_model, composes
+        from codegen.execution import executed
 
-        if composes(self, kwargs.get("device", "cpu")):
+        towers = self.decisions.towers
+        if towers is not None and towers.applied:
             from planner.zoo.multi_tower import with_towers
 
-            towers = self.decisions.towers
-            shaped = with_towers(module, towers) if towers is not None and towers.applied else module
-            return composed_model(self, shaped, process_group, **kwargs)
-        if self.decisions.towers is not None and self.decisions.towers.applied:
-            from codegen.towers import tower_model
-            from planner.zoo.multi_tower import with_towers
-
-            return tower_model(self, with_towers(module, self.decisions.towers), process_group, **kwargs)
-        from codegen.compressed import compressed_model, runs_exchange
-        from codegen.torchrec import sharded_model
-
-        run = compressed_model if runs_exchange(self) else sharded_model
-        return run(self, module, process_group, **kwargs)
+            module = with_towers(module, towers)
+        return executed(self, module, process_group, **kwargs)
 
     def _repr_html_(self) -> str:
         from planner.render import summary, to_html

@@ -29,6 +29,9 @@ def factory_of(plan: Plan, model: str | None = None) -> tuple[str, tuple[Any, ..
     from planner.zoo import zoo_names
 
     source = model or plan.provenance.get("model", "")
+    towers = plan.decisions.towers
+    if source in zoo_names() and towers is not None and towers.applied and towers.module != "none":
+        return "planner.run:build_with_towers", (source, plan.to_dict()), {"device": "cpu"}
     if source in zoo_names():
         return "planner.zoo:build", (source,), {"device": "cpu"}
     if source.rpartition(":")[0].endswith(".py"):
@@ -37,6 +40,16 @@ def factory_of(plan: Plan, model: str | None = None) -> tuple[str, tuple[Any, ..
         f"the plan of {plan.model.name!r} does not say how to build the model; name a zoo model or "
         "file.py:callable with --model"
     )
+
+
+def build_with_towers(name: str, plan: dict[str, Any], **options: Any) -> Any:
+    """A zoo model with the tower modules of a plan (as JSON data); ``options`` are those of :func:`planner.zoo.build`."""
+    from planner.zoo import build
+    from planner.zoo.multi_tower import with_towers
+
+    towers = Plan.from_dict(plan).decisions.towers
+    assert towers is not None
+    return with_towers(build(name, **options).module, towers)
 
 
 @contextlib.contextmanager
@@ -75,13 +88,15 @@ def render_run(plan: Plan, result: RunResult) -> RenderableType:
     for name in ("outputs", "losses", "weights"):
         found = getattr(result, name)
         differences.add_row(name, f"{found.absolute:.2e}", f"{found.relative:.2e}", found.where)
-    verdict = "equal" if result.equal else "NOT EQUAL"
+    verdict = f"{'equal' if result.equal else 'NOT EQUAL'} within {result.tolerance:g} relative"
+    if result.lossy and not result.equal:
+        verdict = f"not exact by the plan's choice ({result.lossy})"
     return Group(
         times,
         Text(),
         differences,
         Text(
-            f"{verdict} within {result.tolerance:g} relative; {result.changed} of {result.tensors} weight tensors "
+            f"{verdict}; {result.changed} of {result.tensors} weight tensors "
             f"changed in training; peak memory {format_bytes(max(result.peak_rss))} a process"
         ),
         *(Text(f"note: {note}") for note in result.notes),

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from codegen.execution import Form, form_of, losses_of
 from codegen.runtime.launch import DEFAULT_TIMEOUT, launch
 from codegen.runtime.spans import Span, aligned
 from codegen.torchrec_check import check, notes
@@ -84,6 +86,8 @@ class RunResult:
     sharded_losses: tuple[float, ...]
     unsharded_losses: tuple[float, ...]
     notes: tuple[str, ...] = ()
+    form: Form = "torchrec"  # the runtime
+    lossy: str = ""  # why results may differ by more than rounding; they are then shown, not judged
     spans: tuple[Span, ...] = ()  # of one step more, under the profiler; empty where they were not asked for
 
     @property
@@ -96,6 +100,12 @@ class RunResult:
         within = all(d.relative <= self.tolerance for d in (self.outputs, self.losses, self.weights))
         within = within and self.updates.relative <= UPDATE_TOLERANCE
         return (within or 0 < self.over_rounding <= ROUNDING) and self.changed > 0
+
+    @property
+    def accepted(self) -> bool:
+        """:attr:`equal`, or the plan loses something on purpose and training went on with finite losses."""
+        finite = all(math.isfinite(loss) for loss in self.sharded_losses)
+        return self.equal or bool(self.lossy and finite and self.changed > 0)
 
     @property
     def median_step(self) -> float:
@@ -171,25 +181,28 @@ def run_plan(
         raise InputError(
             f"a global batch of {size} samples does not divide over {nproc} ranks; use a multiple of {nproc}"
         )
-    check(plan, device="cpu", optimizer=name)
+    if form_of(plan) == "torchrec":
+        check(plan, device="cpu", optimizer=name)
     _check_memory(plan, nproc)
-    answers = launch(
-        "codegen.runtime.compare_rank:train_and_compare",
-        nproc,
-        {
-            "plan": plan.to_dict(),
-            "model": {"factory": factory, "arguments": list(arguments), "options": options or {}},
-            "steps": steps + WARM_UP,
-            "batch": size,
-            "seed": seed,
-            "lr": rate,
-            "optimizer": name,
-            "spans": spans,
-        },
-        host_size=plan.topology.host_size,
-        timeout=timeout,
-        on_message=(lambda rank, message: on_step(*message)) if on_step is not None else None,
-    )
+    with tempfile.TemporaryDirectory(prefix="planner-run-") as folder:
+        answers = launch(
+            "codegen.runtime.compare_rank:train_and_compare",
+            nproc,
+            {
+                "plan": plan.to_dict(),
+                "model": {"factory": factory, "arguments": list(arguments), "options": options or {}},
+                "steps": steps + WARM_UP,
+                "batch": size,
+                "seed": seed,
+                "lr": rate,
+                "optimizer": name,
+                "spans": spans,
+                "storage": folder,
+            },
+            host_size=plan.topology.host_size,
+            timeout=timeout,
+            on_message=(lambda rank, message: on_step(*message)) if on_step is not None else None,
+        )
     seconds = [max(times) for times in zip(*(answer["seconds"] for answer in answers), strict=True)]
     first = answers[0]
     return RunResult(
@@ -216,7 +229,9 @@ def run_plan(
         peak_rss=tuple(answer["peak_rss"] for answer in answers),
         sharded_losses=tuple(first["sharded_losses"]),
         unsharded_losses=tuple(first["unsharded_losses"]),
-        notes=notes(plan, name),
+        notes=notes(plan, name) if form_of(plan) == "torchrec" else (),
+        form=form_of(plan),
+        lossy=losses_of(plan),
         spans=aligned(part for answer in answers for part in answer.get("spans", ())),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import resource
 import sys
 import time
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codegen.dense import groups_of
+from codegen.execution import Running, executed, form_of, gathered
+from codegen.formats import apply_formats, narrow_optimizer, sites
 from codegen.runtime.batches import Batch, RandomBatches
 from codegen.runtime.compare import (
     DENSE_LR,
@@ -26,12 +28,12 @@ from codegen.runtime.compare import (
     Difference,
     tolerance_of,
 )
-from codegen.runtime.gather import gather_rows, mean_over_ranks, whole_weights
+from codegen.runtime.gather import gather_rows, mean_over_ranks
 from codegen.runtime.launch import Rank
 from codegen.runtime.models import ModelSpec
 from codegen.runtime.optimizers import make_optimizer
 from codegen.runtime.spans import profiled
-from codegen.torchrec import ShardedModel, sharded_model
+from codegen.torchrec import ShardedModel
 from codegen.torchrec_check import collections_of, locate, widths_of
 from ir.errors import InputError
 from ir.plan import Plan
@@ -50,10 +52,12 @@ def train_and_compare(
     lr: float,
     optimizer: Optimizer,
     spans: bool = False,
+    storage: str = "",
 ) -> dict[str, Any]:
     """Train the sharded model with the other ranks; on rank 0, then compare with the unsharded one.
 
-    The arguments are those of :func:`codegen.runtime.compare.run_plan` as JSON data.
+    The arguments are those of :func:`codegen.runtime.compare.run_plan` as JSON data, and a folder for the files of
+    tables in memory tiers.
     """
     decided = Plan.from_dict(plan)
     spec = ModelSpec(model["factory"], tuple(model["arguments"]), model["options"])
@@ -61,7 +65,9 @@ def train_and_compare(
     before = checksums(module)
     same_on_all_ranks(before, spec.factory)
     batches = RandomBatches(module, decided.table_plans, decided.workload, batch, example)
-    sharded = sharded_model(
+    names = table_parameters(decided, module)
+    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    sharded = executed(
         decided,
         module,
         optimizer=optimizer,
@@ -69,6 +75,7 @@ def train_and_compare(
         dense_optimizer=DENSE_OPTIMIZER,
         dense_lr=DENSE_LR,
         eps=EPS,
+        **({"storage": storage} if form_of(decided) == "composed" else {}),
     )
     outputs: list[Outputs] = []
     losses: list[float] = []
@@ -83,8 +90,7 @@ def train_and_compare(
         losses.append(mean_over_ranks(loss))
         if place.rank == 0:
             place.report([step, losses[-1]])
-    replicas = groups_of(decided)
-    weights = whole_weights(sharded.module, replicas.groups if replicas is not None else 1)
+    weights = gathered(sharded, decided, names, shapes)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
     answer: dict[str, Any] = {
         "seconds": seconds,
@@ -129,6 +135,7 @@ def _train_alone(
         )
     batches = RandomBatches(module, plan.table_plans, plan.workload, batch, example)
     alone = unsharded_model(plan, module if dtype is None else module.to(dtype), optimizer, lr)
+    narrow_alone(plan, alone)
     initial = {name: value.detach().clone() for name, value in module.named_parameters()}
     outputs, losses, seconds = [], [], []
     for step in range(steps):
@@ -184,7 +191,9 @@ def _compare_alone(
         for kind, tensors in found.items()
     }
     excess = 0.0
-    if any(beyond.values()):
+    if any(beyond.values()) and plan.decisions.formats is not None:
+        excess = math.inf  # narrow formats are not emulated in float64
+    elif any(beyond.values()):
         with doubles_stay():
             exact = _train_alone(spec, plan, before, whole_setting, torch.float64)
         own, rounding = _differences(sharded, exact), _differences(alone, exact)
@@ -234,7 +243,7 @@ def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
 
 
-def train_step(model: ShardedModel, batch: Batch) -> tuple[Outputs, Tensor]:
+def train_step(model: Running, batch: Batch) -> tuple[Outputs, Tensor]:
     """One step; returns the outputs and the mean loss over the samples of ``batch``, both detached."""
     found = flatten(model(*batch.inputs))
     loss = loss_of(found, batch)
@@ -274,6 +283,28 @@ def unsharded_model(
     if rest:
         made.append(make_optimizer(dense[0], rest, dense[1], eps=eps))
     return ShardedModel(module, tuple(made))
+
+
+def narrow_alone(plan: Plan, alone: ShardedModel) -> None:
+    """Put the unsharded model and its optimizer into the plan's formats, where its runtime emulates them."""
+    formats = plan.decisions.formats
+    if formats is None or form_of(plan) != "composed":
+        return
+    chosen = {tensor.name: tensor.format for tensor in formats.tensors if tensor.kind != "traffic"}
+    known = sites(alone.module)
+    apply_formats(alone.module, chosen, training=True, inplace=True, known=known)
+    narrow_optimizer(alone.optimizers[0], alone.module, chosen, known)
+
+
+def table_parameters(plan: Plan, module: nn.Module) -> dict[str, str]:
+    """The parameter of each table of the plan by its name in the module."""
+    collections = collections_of(module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {}
+    for table in plan.table_plans:
+        collection, config = locate(table, collections)
+        found[table.name] = names[id(collection.weight(config.name))]
+    return found
 
 
 def flatten(output: Any) -> Outputs:

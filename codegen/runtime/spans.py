@@ -22,7 +22,9 @@ A module without tables has ``forward`` and ``backward`` instead of bottom and t
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,12 +48,29 @@ class Span:
     seconds: float
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what native code writes to standard error: torch's profiler says there that it starts and stops."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def profiled(rank: int, step: Callable[[], object]) -> list[list[Any]]:
     """Run a step under the profiler; ``[rank, phase, stream, start, seconds]`` with the profiler's clock."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        step()
+    profiler = profile(activities=[ProfilerActivity.CPU])
+    with _silent():
+        profiler.start()
+    step()
+    with _silent():
+        profiler.stop()
     with tempfile.TemporaryDirectory(prefix="planner-spans-") as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
