@@ -280,6 +280,7 @@ def _runs() -> dict[str, Any]:
             reference: number,
         }
         record["additionalProperties"] = False
+    schema["$defs"]["RunResult"]["properties"]["accepted"] = truth
     return schema
 
 

@@ -97,6 +97,7 @@ def test_answers_of_runs_and_calibrations() -> None:
     given: dict[str, Any] = dict.fromkeys(RunResult.__dataclass_fields__, 1)
     given |= dict.fromkeys(("outputs", "losses", "weights", "updates"), same)
     given |= {"optimizer": "sgd", "dense_optimizer": "sgd", "notes": ("a",), "peak_rss": (1, 2)}
+    given |= {"form": "composed", "lossy": "vectors travel in eb_lz"}
     given |= dict.fromkeys(("sharded_losses", "unsharded_losses"), (0.5,))
     given |= dict.fromkeys(("step_seconds", "unsharded_step_seconds"), (0.1, 0.2))
     result = RunResult(**given | {"spans": (Span(0, "all_reduce", "network", 0.0, 1.0),)})

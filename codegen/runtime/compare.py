@@ -116,6 +116,7 @@ class RunResult:
         """JSON data."""
         extra = {
             "equal": self.equal,
+            "accepted": self.accepted,
             "median_step": self.median_step,
             "median_unsharded_step": statistics.median(self.unsharded_step_seconds),
         }
