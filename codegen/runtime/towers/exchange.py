@@ -13,16 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from codegen.runtime import posted
+
 Move = Callable[[Tensor, Sequence[int], Sequence[int], Any], Tensor]
 """``move(flat, send, receive, group)``: a 1-D tensor cut into ``send[i]`` elements for member ``i`` of the
 group; returns what the members sent, ``receive[i]`` elements from member ``i``, one after the other."""
 
 
 def all_to_all(flat: Tensor, send: Sequence[int], receive: Sequence[int], group: Any) -> Tensor:
-    """The plain :data:`Move`: every element arrives as it was sent."""
+    """The plain :data:`Move`: every element arrives as it was sent.
+
+    Over gloo receives are posted before sends, so that links work in both directions (:mod:`codegen.runtime.posted`).
+    """
     if dist.get_world_size(group) == 1:
         return flat.clone()
     out = flat.new_empty(sum(receive))
+    if dist.get_backend(group) == "gloo":
+        posted.all_to_all(out, flat.contiguous(), receive, send, group).wait()
+        return out
     dist.all_to_all_single(out, flat.contiguous(), list(receive), list(send), group=group)
     return out
 
