@@ -113,7 +113,8 @@ def _why_not(
 @reports_errors
 def diff(before: str, after: str, exit_code: bool, as_json: bool) -> None:
     """What plan AFTER changes with respect to plan BEFORE."""
-    from planner.diff import diff_plans, render_diff
+    from planner.diff import diff_plans
+    from planner.diff_render import render_diff
 
     change = diff_plans(load_plan(before), load_plan(after))
     if as_json:

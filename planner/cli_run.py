@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ir.errors import InputError
 from planner.cli_support import JSON_OPTION, answer, load_plan, read_constraints, reports_errors, show
 from planner.emit_cli import TARGETS, emission, emit_decoder
 
@@ -53,6 +54,11 @@ def run(
     if loaded.decisions.parallelism is not None:
         run_decoder_plan(loaded, model, steps, lr, seed, as_json)
         return
+    if loaded.decisions.serving is not None:
+        raise InputError(
+            "planner run trains, and this plan serves; load it and call plan.apply(model) in each process, or "
+            "planner emit --target vllm"
+        )
     from codegen.runtime.compare import run_plan
     from planner.run import factory_of, progress, render_run
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-from rich.console import Group, RenderableType
-from rich.text import Text
 
 from ir.plan import Plan, TablePlan, common_weights
 from ir.reading import dump_record
 from ir.units import format_bandwidth, format_bytes, format_count, format_seconds
 from planner.llm_render import describe
-from planner.render import grid, percent_change
 
 MOST_INPUTS = 30  # differing inputs that are listed
 Number = TypeVar("Number", int, float)
@@ -61,6 +57,7 @@ class PlanDiff:
     move: Move
     same: bool  # the plans are equal, byte for byte
     parallelism: tuple[str, str] = ("", "")  # layouts of decoders
+    objectives: tuple[str, str] = ("", "")  # what each plan minimises
 
     @property
     def saved(self) -> float:
@@ -122,16 +119,28 @@ def diff_plans(before: Plan, after: Plan) -> PlanDiff:
         move=_move(before, after),
         same=before.digest == after.digest,
         parallelism=(describe(before), describe(after)),
+        objectives=(before.certificate.objective_name, after.certificate.objective_name),
     )
 
 
 def _rate(plan: Plan) -> float:
+    """Samples, or tokens, a second; of a serving plan new tokens of prompts, all replicas at work."""
+    serving = plan.decisions.serving
+    if serving is not None:
+        return serving.request.new * serving.replicas / serving.chosen.ttft
     count = plan.workload.llm.global_tokens if plan.workload.llm else plan.workload.global_batch
     return count / plan.timeline.step if plan.timeline.step else 0.0
 
 
 def _phases(plan: Plan) -> dict[str, float]:
-    return {event.name: event.duration for event in plan.timeline.events if event.duration > 0}
+    """Seconds by phase, parts of one (``all_reduce_0``, ``all_reduce_1``) together: another bucket is no other phase."""
+    serving = plan.decisions.serving
+    made: dict[str, float] = {"between tokens": serving.chosen.ttit} if serving is not None else {}
+    for event in plan.timeline.events:
+        if event.duration > 0:
+            name = re.sub(r"_(\d+|last)$", "", event.name)
+            made[name] = made.get(name, 0.0) + event.duration
+    return made
 
 
 def _memory(plan: Plan) -> dict[str, int]:
@@ -213,88 +222,3 @@ def moved_bytes(old: TablePlan | None, new: TablePlan, world_size: int) -> int:
             held = sum(common_weights(shard, other) for other in old.on_rank(rank)) if old is not None else 0
             moved += shard.rows * shard.cols - held
     return moved * 4
-
-
-def render_diff(diff: PlanDiff, limit: int = 20) -> RenderableType:
-    """What went in, what it gains, where: then changes grouped by what became what, and what moves most."""
-    if diff.same:
-        return Text("the plans are identical")
-    parts: list[RenderableType] = []
-    if diff.inputs:
-        changed = grid("input", "before", "after")
-        for name, pair in diff.inputs.items():
-            changed.add_row(name, *pair)
-        parts += [changed, Text()]
-    parts += [_costs(diff), Text()]
-    if any(diff.parallelism):
-        return Group(*parts[:-1])
-    if diff.changes:
-        parts += [_groups(diff), Text(), _movers(diff, limit), Text()]
-    parts += [Text(f"{verb}: {name}") for name, verb in diff.sections.items()]
-    return Group(*parts, Text(_verdict(diff), style="bold"))
-
-
-def _costs(diff: PlanDiff) -> RenderableType:
-    costs = grid("", ">before", ">after", ">change")
-
-    def seconds(name: str, old: float, new: float) -> None:
-        costs.add_row(name, format_seconds(old), format_seconds(new), percent_change(old, new))
-
-    seconds("step", *diff.step)
-    costs.add_row(
-        "tokens/s" if any(diff.parallelism) else "samples/s",
-        *(format_count(rate) for rate in diff.rate),
-        percent_change(*diff.rate),
-    )
-    seconds("objective" if any(diff.parallelism) else "embedding time", *diff.objective)
-    costs.add_row("proved gap", *(f"{100 * gap:.2f} %" for gap in diff.gap), "")
-    for name, (old_time, new_time) in diff.phases.items():
-        seconds(f"  {name}", old_time, new_time)
-    costs.add_row(
-        "peak memory", *(format_bytes(size) for size in diff.peak_memory), percent_change(*diff.peak_memory)
-    )
-    for name, pair in diff.memory.items():
-        costs.add_row(f"  {name}", *(format_bytes(size) for size in pair), percent_change(*pair))
-    if diff.topology[0] != diff.topology[1]:
-        costs.add_row("topology", *diff.topology, "")
-    if any(diff.parallelism):
-        costs.add_row("parallelism", *diff.parallelism, "" if len(set(diff.parallelism)) == 2 else "the same")
-    return costs
-
-
-def _groups(diff: PlanDiff) -> RenderableType:
-    """``~`` changed, ``+`` new, ``-`` gone; moves are of weights."""
-    groups: dict[tuple[str, str], list[TableChange]] = {}
-    for change in diff.changes:
-        groups.setdefault((change.before, change.after), []).append(change)
-    table = grid("", "before", "after", ">tables", ">moves")
-    for (old, new), members in sorted(groups.items(), key=lambda g: (-len(g[1]), g[0])):
-        sign = "+" if not old else "-" if not new else "~"
-        size = format_bytes(sum(m.moved_bytes for m in members))
-        table.add_row(sign, old or "(absent)", new or "(absent)", str(len(members)), size)
-    return table
-
-
-def _movers(diff: PlanDiff, limit: int) -> RenderableType:
-    table = grid("table", "before", "after", ">moves")
-    for change in sorted(diff.changes, key=lambda c: (-c.moved_bytes, c.name))[:limit]:
-        table.add_row(
-            change.name, change.before or "-", change.after or "-", format_bytes(change.moved_bytes)
-        )
-    return table
-
-
-def _verdict(diff: PlanDiff) -> str:
-    """What changes, what moves, and when that has paid."""
-    steps = diff.move.break_even(diff.saved)
-    gain = (
-        f"saves {format_seconds(diff.saved)} a step"
-        if diff.saved > 0
-        else (f"costs {format_seconds(-diff.saved)} a step" if diff.saved < 0 else "the step is the same")
-    )
-    paid = f"; the move has paid after {max(1, math.ceil(steps)):,} steps" if steps is not None else ""
-    moves = (
-        f"{format_bytes(sum(c.moved_bytes for c in diff.changes))} of weights move, with optimizer state "
-        f"{format_bytes(diff.move.bytes)} in about {format_seconds(diff.move.seconds)}"
-    )
-    return f"{len(diff.changes)} tables change, {diff.unchanged} do not; {moves}; {gain}{paid}"

@@ -11,13 +11,17 @@ from ir.units import format_bytes, format_count, format_seconds
 from planner.llm_render import explain_llm, explain_llm_rank
 from planner.render import assumption_list, grid, percent, signed, summary, table_list
 from planner.sections import render_sections
-from planner.serving_render import explain_serving
+from planner.serving_render import explain_serving, explain_serving_rank
 from planner.storage_render import storage_lines
 
 
 def find_table(plan: Plan, name: str) -> TablePlan:
     """The decision for ``name``; raises InputError with the nearest name."""
     table = plan.tables.get(name)
+    if table is None and not plan.table_plans:
+        raise InputError(
+            f"the plan of {plan.model.name} has no tables; planner explain PLAN tells of its layout, --rank N of a rank"
+        )
     if table is None:
         raise InputError(f"the plan has no table {name!r}{did_you_mean(name, plan.tables)}")
     return table
@@ -87,6 +91,8 @@ def explain_rank(plan: Plan, rank: int) -> RenderableType:
     """What one rank holds: bytes by purpose and its shards."""
     if plan.decisions.parallelism is not None:
         return explain_llm_rank(plan, rank)
+    if plan.decisions.serving is not None:
+        return explain_serving_rank(plan, rank)
     if not 0 <= rank < plan.world_size:
         raise InputError(f"the plan has ranks 0..{plan.world_size - 1}, not {rank}")
     memory = plan.memory[rank]

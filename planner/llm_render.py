@@ -24,8 +24,12 @@ def parallelism_of(plan: Plan) -> Parallelism:
 
 
 def describe(plan: Plan) -> str:
-    """The layout in one phrase; empty for a plan without."""
-    made = plan.decisions.parallelism
+    """The layout of a decoder in one phrase; empty for a plan without."""
+    made, served = plan.decisions.parallelism, plan.decisions.serving
+    if served is not None:
+        layout = served.chosen.layout
+        copies = f"{served.replicas} replica{'s' * (served.replicas != 1)}"
+        return f"{layout.label}: {layout.ranks} devices, {copies}"
     return f"{made.layout.label}, {made.layout.details}" if made is not None else ""
 
 

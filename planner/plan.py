@@ -33,7 +33,8 @@ class Plan(ir.plan.Plan):
 
     def diff(self, other: ir.plan.Plan) -> str:
         """What ``other`` changes with respect to this plan."""
-        from planner.diff import diff_plans, render_diff
+        from planner.diff import diff_plans
+        from planner.diff_render import render_diff
         from planner.render import to_text
 
         return to_text(render_diff(diff_plans(self, other)))

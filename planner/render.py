@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ir.plan
-from ir.plan import Certificate, Event, Timeline
+from ir.plan import Event, Timeline
 from ir.topology import Topology
 from ir.units import format_bytes, format_count, format_seconds
 
@@ -89,9 +89,9 @@ def headline(plan: ir.plan.Plan, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def objective_words(certificate: Certificate) -> str:
-    """What is minimised, without how it is added up: ``"embedding time"``."""
-    return certificate.objective_name.partition(":")[0].removesuffix(", seconds").removesuffix(" of a step")
+def objective_words(name: str) -> str:
+    """What a certificate is about, without how it is added up: ``"embedding time"``."""
+    return name.partition(":")[0].removesuffix(", seconds").removesuffix(" of a step")
 
 
 def machine(topology: Topology) -> str:
@@ -121,7 +121,7 @@ def facts(plan: ir.plan.Plan) -> list[tuple[str, str]]:
         ),
         (
             "certificate",
-            f"{objective_words(certificate)} {format_seconds(certificate.objective)}, proved no plan below "
+            f"{objective_words(certificate.objective_name)} {format_seconds(certificate.objective)}, proved no plan below "
             f"{format_seconds(certificate.lower_bound)}: gap {100 * certificate.gap:.2f} % "
             f"({certificate.status})",
         ),

@@ -118,7 +118,10 @@ def _headline(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("step", f"{format_seconds(plan.timeline.step)} modelled"),
         ("throughput", f"{format_count(rate)} samples/s at {batch:,} samples a step"),
-        (f"certificate: {objective_words(certificate)}", f"{objective}, proved none below {bound}"),
+        (
+            f"certificate: {objective_words(certificate.objective_name)}",
+            f"{objective}, proved none below {bound}",
+        ),
         ("gap to the bound", f"{100 * certificate.gap:.2f} % ({certificate.status})"),
         ("fullest rank", f"{format_bytes(fullest.total)} of {format_bytes(fullest.limit)}"),
         (
@@ -177,10 +180,8 @@ def _load(plan: Plan) -> dict[str, Any]:
 
 
 def _sensitivity(plan: Plan) -> list[list[Any]]:
-    from planner.what_if import sensitivity
+    from planner.assumptions import sensitivity
 
-    if not plan.table_plans:
-        return []
     try:
         return [[row.name, row.value, row.worse, row.better] for row in sensitivity(plan)]
     except PlannerError:

@@ -109,3 +109,25 @@ def _details(plan: Plan) -> RenderableType:
 def explain_serving(plan: Plan) -> RenderableType:
     """The summary, the terms, the decision table and the assumptions."""
     return Group(serving_summary(plan), Text(), _details(plan), Text(), assumption_list(plan))
+
+
+def explain_serving_rank(plan: Plan, rank: int) -> RenderableType:
+    """Which replica a rank is of, where it stands in it, and its bytes by purpose; raises InputError for no rank."""
+    made = serving_of(plan)
+    if not 0 <= rank < plan.world_size:
+        raise InputError(f"the plan has ranks 0..{plan.world_size - 1}, not {rank}")
+    layout, memory = made.chosen.layout, plan.memory[rank]
+    replica, inside = divmod(rank, layout.ranks)
+    place = f"rank {rank} (host {plan.topology.host_of(rank)})"
+    if replica >= made.replicas:
+        return Text(f"{place} serves nothing: {made.replicas} replicas of {layout.ranks} ranks leave it idle")
+    context, tensor = divmod(inside % (layout.tensor * layout.context), layout.tensor)
+    head = (
+        f"{place}: replica {replica}, tensor {tensor}, context {context}, pipeline "
+        f"{inside // (layout.tensor * layout.context)}; {format_bytes(memory.total)} of {format_bytes(memory.limit)} "
+        "usable"
+    )
+    uses = grid("purpose", ">bytes")
+    for purpose, size in sorted(memory.used.items(), key=lambda item: -item[1]):
+        uses.add_row(purpose, format_bytes(size))
+    return Group(Text(head, style="bold"), Text(), uses)

@@ -3,7 +3,7 @@
 =============================  ==================================================================
 setting                        means
 =============================  ==================================================================
-``hosts``, ``host_size``       hosts of the cluster, devices of a host
+``hosts``, ``host_size``       hosts in all, devices of a host
 ``topology``                   another preset or YAML file
 ``link.NAME``                  bandwidth of a level's link; NAME is a level, a link, intra or inter
 ``latency.NAME``               its latency
@@ -13,13 +13,16 @@ setting                        means
 ``batch``                      global batch
 ``optimizer``, ``compute_dtype``, ``exchange_dtype``   of the workload
 ``memory_reserve``, ``memory_limit``, ``min_column_width``   of the constraints
+``serving.FIELD``, ``parallelism.FIELD``   of what is asked of a decoder (``serving.new=1000000``)
+``sequence``, ``global_tokens``   of a decoder's training
 =============================  ==================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ir.plan
@@ -33,11 +36,13 @@ from planner.plan import Plan
 if TYPE_CHECKING:
     from cost_models.calibration import Calibration
     from ir.program import Model, Program
+    from passes.base import Pass
 
 _WORKLOAD = {"batch": "global_batch", "optimizer": "optimizer", "compute_dtype": "compute_dtype"}
 _WORKLOAD |= {"exchange_dtype": "exchange_dtype"}
+_TOKENS = ("sequence", "global_tokens")
+_SECTIONS = ("serving", "parallelism")
 _CONSTRAINTS = ("memory_reserve", "memory_limit", "min_column_width")
-STEP = 0.10  # relative change of an assumption in :func:`sensitivity`
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +52,6 @@ class Inputs:
     topology: Topology
     workload: Workload
     constraints: Constraints
-
-
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """The modelled step of the same plan when one assumption is a tenth worse or better, seconds."""
-
-    name: str
-    value: str
-    worse: float
-    better: float
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, str]:
@@ -82,6 +77,9 @@ def change(inputs: Inputs, settings: Mapping[str, str]) -> Inputs:
 def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None, **options: Any) -> Plan:
     """Plan again with ``settings`` changed; ``options`` go to :func:`planner.compile`.
 
+    Where the ranks stay as they are, the search starts from the plan and names ranks so that little moves; the
+    provenance then says which plan it was (``start``).
+
     Args:
         plan: the plan to start from.
         settings: see the module's table.
@@ -97,6 +95,9 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
     captured = model_of(plan, model)
     options.setdefault("objective", plan.provenance.get("objective", "phases"))
     options.setdefault("seed", int(plan.provenance.get("seed", "0")))
+    warm = _keeps_its_ranks(plan, changed) and "passes" not in options
+    if warm:
+        options["passes"] = _warm_passes(plan, changed.constraints, options.get("calibration"))
     made = compile(
         captured,
         changed.topology,
@@ -107,7 +108,36 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
         **options,
     )
     source = str(model) if isinstance(model, str) else plan.provenance.get("model", "")
-    return replace(made, provenance={**made.provenance, **({"model": source} if source else {})})
+    said = {**({"model": source} if source else {}), **({"start": plan.digest} if warm else {})}
+    return replace(made, provenance={**made.provenance, **said})
+
+
+def _keeps_its_ranks(plan: ir.plan.Plan, changed: Inputs) -> bool:
+    """Whether the plan's placement means something to the changed inputs: flat tables on the same ranks."""
+    machine, limits = changed.topology, changed.constraints
+    towers = plan.decisions.towers
+    return (
+        bool(plan.table_plans)
+        and (machine.world_size, machine.host_size) == (plan.world_size, plan.topology.host_size)
+        and limits.formats is None
+        and limits.tiers is None
+        and not (towers is not None and towers.applied)
+    )
+
+
+def _warm_passes(
+    plan: ir.plan.Plan, limits: Constraints, calibration: Calibration | None
+) -> tuple[Pass, ...]:
+    from passes.pipeline import pipeline
+    from passes.relabel import Relabel
+    from passes.warm_sharding import WarmSharding
+
+    pinned = frozenset(t.name for t in plan.table_plans if limits.for_table(t.name).ranks is not None)
+    same = Relabel(plan.table_plans, tuple(range(plan.world_size)), pinned)
+    made: list[Pass] = []
+    for step in pipeline(calibration):
+        made += [WarmSharding(plan.table_plans, calibration), same] if step.name == "sharding" else [step]
+    return tuple(made)
 
 
 def model_of(plan: ir.plan.Plan, model: Any = None) -> Model:
@@ -153,6 +183,15 @@ def _change_one(inputs: Inputs, key: str, value: str) -> Inputs:
     if key in _CONSTRAINTS:
         data = inputs.constraints.to_dict() | {key: _number(value)}
         return replace(inputs, constraints=parse_record(Constraints, data, f"--set {key}"))
+    if key in _TOKENS:
+        data = inputs.workload.to_dict()
+        data["llm"] = (data["llm"] or {}) | {key: _number(value)}
+        return replace(inputs, workload=parse_record(Workload, data, f"--set {key}"))
+    section, _, field = key.partition(".")
+    if section in _SECTIONS and field:
+        data = inputs.constraints.to_dict()
+        data[section] = (data[section] or {}) | {field: _number(value)}
+        return replace(inputs, constraints=parse_record(Constraints, data, f"--set {key}"))
     if key == "topology":
         from planner.api import topology
 
@@ -179,7 +218,10 @@ def _change_topology(data: dict[str, Any], key: str, value: str) -> None:
             raise InputError(
                 f"{data['name']} is one host without a network; change --set topology=... instead"
             )
-        levels[-1 if key == "hosts" else 0]["fanout"] = _count(key, value)
+        if key == "hosts":
+            _change_hosts(levels, _count(key, value))
+        else:
+            levels[0]["fanout"] = _count(key, value)
     elif kind in ("link", "latency") and name:
         found = [level for level in levels if name in (level["name"], level["link"]["name"])]
         found += levels[:1] if name == "intra" else []
@@ -197,10 +239,24 @@ def _change_topology(data: dict[str, Any], key: str, value: str) -> None:
         if not found:
             names = [tier["name"] for tier in tiers]
             flops = [f"flops.{dtype}" for dtype in data["device"]["flops"]]
-            raise _unknown(key, [*names, *_FIXED, *_WORKLOAD, *_CONSTRAINTS, *flops])
+            raise _unknown(key, [*names, *_FIXED, *_WORKLOAD, *_TOKENS, *_CONSTRAINTS, *flops])
         of = ("capacity",) if wanted == key else ("read_bandwidth", "write_bandwidth")
         for tier in found:
             tier.update(dict.fromkeys(of, value))
+
+
+def _change_hosts(levels: list[dict[str, Any]], hosts: int) -> None:
+    """So many hosts in all: whole domains of the level below the last, or a part of a single one."""
+    *inner, outer = levels[1:]
+    domain = math.prod(level["fanout"] for level in inner)
+    if hosts % domain == 0:
+        outer["fanout"] = hosts // domain
+    elif hosts < domain and len(inner) == 1:
+        inner[0]["fanout"], outer["fanout"] = hosts, 1
+    else:
+        raise InputError(
+            f"--set hosts={hosts} does not fill whole {inner[-1]['name']}s of {domain} hosts; use a multiple of {domain}"
+        )
 
 
 def _count(key: str, value: str) -> int:
@@ -215,70 +271,3 @@ _FIXED = ("hosts", "host_size", "topology", "link.intra", "link.inter", "latency
 def _unknown(key: str, known: Iterable[str]) -> InputError:
     known = list(known)
     return InputError(f"there is no setting {key!r}{did_you_mean(key, known)}; known are {', '.join(known)}")
-
-
-def sensitivity(
-    plan: ir.plan.Plan, *, model: Any = None, calibration: Calibration | None = None
-) -> tuple[Sensitivity, ...]:
-    """How the modelled step of the plan, left as it is, depends on each assumption; largest effect first.
-
-    Worse is a tenth less of a bandwidth, rate or efficiency, and a tenth more of a time.
-
-    Raises:
-        InputError: as :func:`model_of`.
-    """
-    from cost_models.calibration import default_calibration
-
-    base = calibration or default_calibration(plan.topology)
-    program = program_of(plan, model)
-    found = []
-    for name, value, vary in _assumptions(plan.topology, base):
-        steps = [_step(program, *vary(factor)) for factor in (1 - STEP, 1 + STEP)]
-        found.append(Sensitivity(name, value, max(steps), min(steps)))
-    return tuple(sorted(found, key=lambda s: s.better - s.worse))
-
-
-def _step(program: Program, topology: Topology, calibration: Calibration) -> float:
-    from passes.step import StepTimeline
-
-    made = StepTimeline(calibration).run(replace(program, topology=topology))
-    assert made.timeline is not None
-    return made.timeline.step
-
-
-Vary = Callable[[float], tuple[Topology, "Calibration"]]
-
-
-def _assumptions(topology: Topology, base: Calibration) -> Iterable[tuple[str, str, Vary]]:
-    from ir.units import format_bandwidth
-
-    def constant(name: str) -> Vary:
-        return lambda factor: (topology, replace(base, **{name: getattr(base, name) * factor}))
-
-    def link(index: int) -> Vary:
-        level = topology.levels[index]
-
-        def scaled(factor: float) -> tuple[Topology, Calibration]:
-            other = replace(level, link=replace(level.link, bandwidth=level.link.bandwidth * factor))
-            levels = (*topology.levels[:index], other, *topology.levels[index + 1 :])
-            return replace(topology, levels=levels), base
-
-        return scaled
-
-    def memory(factor: float) -> tuple[Topology, Calibration]:
-        first, *rest = topology.device.tiers
-        scaled = replace(
-            first,
-            read_bandwidth=first.read_bandwidth * factor,
-            write_bandwidth=first.write_bandwidth * factor,
-        )
-        return replace(topology, device=replace(topology.device, tiers=(scaled, *rest))), base
-
-    for index, level in enumerate(topology.levels):
-        yield f"link.{level.name}", format_bandwidth(level.link.bandwidth), link(index)
-    tier = topology.device.tiers[0]
-    yield f"bandwidth.{tier.name}", format_bandwidth(tier.read_bandwidth), memory
-    for field in fields(base):
-        value = getattr(base, field.name)
-        if isinstance(value, float) and value:
-            yield field.name, f"{value:g}", constant(field.name)

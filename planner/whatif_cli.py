@@ -47,12 +47,14 @@ def _whatif(
 ) -> None:
     import json
 
+    from planner.assumptions import sensitivity
     from planner.calibrate import load_calibration
     from planner.cli_progress import search_progress
     from planner.cli_support import show
-    from planner.diff import diff_plans, render_diff
+    from planner.diff import diff_plans
+    from planner.diff_render import render_diff
     from planner.plan import Plan
-    from planner.what_if import parse_settings, sensitivity
+    from planner.what_if import parse_settings
     from planner.what_if import whatif as plan_again
 
     before = Plan.load(plan)
@@ -81,15 +83,21 @@ def _whatif(
 
 
 def _sensitivity_table(plan: Any, found: Any) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
     from ir.units import format_seconds
     from planner.render import grid, signed
 
     step = plan.timeline.step
     table = grid("assumption", ">value", ">10 % worse", ">10 % better")
+    without = []
     for row in found:
-        table.add_row(row.name, row.value, signed(row.worse - step), signed(row.better - step))
-    table.title = (
-        f"modelled step {format_seconds(step)}: what a tenth of each assumption does, plan unchanged"
-    )
-    table.title_justify = "left"
-    return table
+        worse, better = signed(row.worse - step), signed(row.better - step)
+        if worse == better == "0":
+            without.append(row.name)
+        else:
+            table.add_row(row.name, row.value, worse, better)
+    head = f"modelled step {format_seconds(step)}: what a tenth of each assumption does, plan unchanged"
+    rest = [Text(f"no effect: {', '.join(without)}", style="dim")] if without else []
+    return Group(Text(head, style="bold"), table, *rest)

@@ -73,14 +73,19 @@ def render_why_not(plan: ir.plan.Plan, found: WhyNot) -> RenderableType:
         )
     lines: list[RenderableType] = [head, verdict, Text(), costs, Text()]
     if found.at_most is not None and found.at_least is not None:
-        proof = (
-            f"proved to cost at least {signed(found.at_least)} ({found.bound_method})"
-            if found.at_least > 0
-            else f"not proved to cost anything ({found.bound_method})"
-        )
-        lines.append(
-            Text(f"costs at most {signed(found.at_most)}: such a plan was found, all else free; {proof}")
-        )
+        lines.append(Text(_proof(found.at_most, found.at_least, found.bound_method)))
     more = f"{found.changes} other tables change, " if found.at_most is not None else ""
     lines.append(Text(f"{more}{format_bytes(found.moved_bytes)} of weights move"))
     return Group(*lines)
+
+
+def _proof(at_most: float, at_least: float, method: str) -> str:
+    if at_most < 0:
+        saved = format_seconds(-at_most)
+        return f"saves {saved} or more: such a plan was found, all else free; pin it in the constraints to have it"
+    proof = (
+        f"proved to cost at least {signed(at_least)} ({method})"
+        if at_least > 0
+        else f"not proved to cost anything ({method})"
+    )
+    return f"costs at most {signed(at_most)}: such a plan was found, all else free; {proof}"

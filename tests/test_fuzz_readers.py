@@ -36,7 +36,8 @@ from ir.tables import load_tables
 from ir.workload import FeatureStats, Workload
 from planner.api import load_yaml
 from planner.calibrate import load_calibration
-from planner.diff import diff_plans, render_diff
+from planner.diff import diff_plans
+from planner.diff_render import render_diff
 from planner.explain import explain_plan, explain_rank, explain_table
 from planner.render import summary, to_text
 from planner.report import render_report

@@ -9,9 +9,14 @@ import pytest
 from click.testing import CliRunner
 
 import planner
+from cost_models.calibration import default_calibration
+from cost_models.embedding import phase_overheads
+from cost_models.placed import rank_seconds
+from ir.collective_plan import CollectiveRequest
 from ir.errors import InputError
+from planner.assumptions import sensitivity
 from planner.cli import cli
-from planner.what_if import Inputs, change, parse_settings, sensitivity, whatif
+from planner.what_if import Inputs, change, parse_settings, whatif
 
 WORK = 0.3  # deterministic seconds of the solver: any plan will do
 
@@ -39,6 +44,25 @@ def test_settings_reach_what_they_name(plan: planner.Plan) -> None:
     assert changed(plan, "topology=a100-1x8").topology.device.name == planner.topology("a100-1x8").device.name
 
 
+def test_hosts_are_counted_through_all_levels() -> None:
+    pods = Inputs(planner.topology("llama3-roce-1024x8"), planner.Workload(), planner.Constraints())
+    assert change(pods, {"hosts": "512"}).topology.hosts == 512
+    assert change(pods, {"hosts": "512"}).topology.levels[1].fanout == 256  # pods stay as they are
+    assert change(pods, {"hosts": "8"}).topology.hosts == 8
+    with pytest.raises(InputError, match="multiple of 256"):
+        change(pods, {"hosts": "300"})
+
+
+def test_settings_of_decoders(plan: planner.Plan) -> None:
+    made = changed(plan, "serving.new=1000000", "serving.ttft=2.5", "parallelism.tensor=8", "sequence=131072")
+    assert made.constraints.serving is not None
+    assert (made.constraints.serving.new, made.constraints.serving.ttft) == (1_000_000, 2.5)
+    assert made.constraints.parallelism is not None
+    assert made.constraints.parallelism.tensor == 8
+    assert made.workload.llm is not None
+    assert made.workload.llm.sequence == 131072
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -50,6 +74,7 @@ def test_settings_reach_what_they_name(plan: planner.Plan) -> None:
         ("hbm=-3", "--set hbm=-3"),
         ("optimizer=lion", "optimizer"),
         ("flops.fp3=1e12", "no setting 'flops.fp3'"),
+        ("serving.newer=1", "serving.newer"),
     ],
 )
 def test_bad_settings_are_named(plan: planner.Plan, setting: str, message: str) -> None:
@@ -63,12 +88,34 @@ def test_whatif_is_what_compile_gives(plan: planner.Plan) -> None:
     assert made.table_plans == direct.table_plans
     assert made.timeline == direct.timeline
     there_and_back = whatif(made, {"hosts": "2"}, time_limit=WORK)
-    assert there_and_back.digest == whatif(plan, {"hosts": "2"}, time_limit=WORK).digest
+    assert there_and_back.table_plans == plan.table_plans
+    assert "start" not in there_and_back.provenance  # other ranks: nothing to start from
     with pytest.raises(InputError, match="not the model of the plan"):
         whatif(plan, {"hosts": "1"}, model="dlrm")
 
 
-def test_sensitivity_is_the_step_of_the_same_plan_on_a_changed_machine(plan: planner.Plan) -> None:
+def test_with_the_same_ranks_it_starts_from_the_plan(plan: planner.Plan) -> None:
+    change = {"link.inter": "300Gbps", "hbm": "141GB"}
+    # next to no work: what is found is hardly more than the start
+    made = whatif(plan, change, time_limit=1e-9)
+    assert made.provenance["start"] == plan.digest
+    before = rank_seconds(
+        plan.table_plans, made.topology, plan.workload, default_calibration(made.topology), plan.mode
+    )
+    overheads = phase_overheads(made.topology, plan.workload, default_calibration(made.topology), plan.mode)
+    stayed = sum(float(seconds.max()) + overheads[phase] for phase, seconds in before.items())
+    assert made.certificate.objective <= stayed * (1 + 1e-9)
+    assert all(finding.ok for finding in planner.verify(made))
+    assert made.digest == whatif(plan, change, time_limit=1e-9).digest
+
+
+@pytest.mark.parametrize("bucket", [None, 2**21])
+def test_sensitivity_is_the_step_of_the_same_plan_on_a_changed_machine(
+    plan: planner.Plan, bucket: int | None
+) -> None:
+    if bucket is not None:
+        limits = planner.Constraints(collectives=CollectiveRequest(bucket_bytes=bucket))
+        plan = planner.compile("dlrm-dcnv2", plan.topology, constraints=limits, time_limit=WORK)
     found = {row.name: row for row in sensitivity(plan)}
     for row in found.values():
         assert row.worse >= plan.timeline.step * (1 - 1e-12) >= row.better * (1 - 2e-12)
@@ -92,3 +139,15 @@ def test_command_line(plan: planner.Plan, tmp_path: Path) -> None:
     assert run.exit_code == 2
     run = CliRunner().invoke(cli, ["whatif", str(file), "--set", "memory_limit=1000000"])
     assert run.exit_code == 3
+
+
+def test_decoders_are_sensitive_to_their_matrix_products_most() -> None:
+    plan = planner.compile("llama3-8b", "h100-8x8")
+    found = {row.name: row for row in sensitivity(plan)}
+    gemm = found["gemm_efficiency"]
+    section = plan.decisions.parallelism
+    assert section is not None
+    # a tenth less of what products reach lengthens them by a ninth, and little else of the step
+    assert gemm.worse - plan.timeline.step == pytest.approx(section.seconds["gemm"] / 9, rel=0.15)
+    assert next(iter(found)) == "gemm_efficiency"
+    assert all(row.worse >= plan.timeline.step * (1 - 1e-12) for row in found.values())

@@ -26,8 +26,8 @@ function tiers() {
   D.tiers.forEach(([name, stored, limit, busy, binding], i) => {
     const tr = html("tr", body), share = limit ? stored / limit : 0;
     html("td", tr, name);
-    const meter = html("i", html("div", html("td", tr, undefined, { className: "fill" }), undefined, { className: "meter" }));
-    meter.style.width = `${100 * share}%`; meter.style.background = colour(i);
+    const cell = html("td", tr, undefined, { className: "fill" });
+    if (limit) { const meter = html("i", html("div", cell, undefined, { className: "meter" })); meter.style.width = `${100 * share}%`; meter.style.background = colour(i); }
     html("td", tr, limit ? `${bytes(stored)} of ${bytes(limit)}` : "-", { className: "n" });
     html("td", tr, busy.map(([k, s]) => `${k} ${time(s)}`).join(", ") || "-");
     html("td", tr, binding.length ? `${binding.join(", ")} binds` : "");

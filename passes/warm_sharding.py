@@ -1,0 +1,49 @@
+"""The sharding pass warm: the search starts from where the tables lie, so that it never ends with a worse plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from cost_models.calibration import Calibration, default_calibration
+from ir.errors import InfeasibleError
+from ir.plan import TablePlan
+from ir.program import Program
+from passes.assignment import solve
+from passes.forced_sharding import start_of
+from passes.reasons import explain_tables
+from passes.sharding import GOOD_ENOUGH, MANY_TABLES, Sharding, certify
+from passes.sharding_plans import table_plan
+from passes.sharding_prices import sharding_problem
+
+
+@dataclass(frozen=True, slots=True)
+class WarmSharding:
+    """Sharding of flat tables, from a placement ``known`` of the same tables on as many ranks in hosts of the same size."""
+
+    name: ClassVar[str] = "sharding"
+    known: tuple[TablePlan, ...]
+    calibration: Calibration | None = None
+
+    def run(self, program: Program) -> Program:
+        """Decide ``tables`` and ``certificate``; raises InfeasibleError that names the limits."""
+        calibration = self.calibration or default_calibration(program.topology)
+        try:
+            stated = sharding_problem(program, calibration)
+            solution = solve(
+                stated.problem,
+                time_limit=program.options.time_limit,
+                seed=program.options.seed,
+                stop_gap=GOOD_ENOUGH if len(program.model.tables) > MANY_TABLES else 0.0,
+                start=start_of(stated, self.known, program.topology),
+            )
+        except InfeasibleError:
+            return Sharding(self.calibration).run(program)  # looks further, and explains what conflicts
+        plans = tuple(
+            table_plan(program, table, options[choice], tuple(places))
+            for table, options, choice, places in zip(
+                program.model.tables, stated.options, solution.choice, solution.placement, strict=True
+            )
+        )
+        plans = explain_tables(plans, stated.problem, solution)
+        return replace(program, tables=plans, certificate=certify(program, solution, calibration))
