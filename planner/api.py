@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import math
 from collections.abc import Sequence
@@ -193,14 +194,16 @@ def _workload(
     return given, tuple(notes)
 
 
+@functools.cache  # reading a distribution's metadata takes milliseconds
+def _installed(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
 def versions() -> dict[str, str]:
     """What a plan's bytes depend on besides its inputs."""
     from planner import __version__
 
-    found = {"planner": __version__}
-    for package in ("ortools", "numpy"):
-        found[package] = importlib.metadata.version(package)
-    return found
+    return {"planner": __version__, **{package: _installed(package) for package in ("ortools", "numpy")}}
 
 
 def _plan(program: Program, source: str) -> Plan:
