@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from codegen.runtime.context_parallel import KVCache, Ring, balanced, pass_kv, pass_q
-from codegen.runtime.context_parallel.measure import attention_times
+from codegen.runtime.context_parallel.measure import attention_times, merge_seconds
 
 DTYPE = torch.bfloat16
 CALLS = 2  # in a row, as layers follow each other
@@ -68,7 +68,10 @@ def rings(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
             )
         seconds: dict[str, list[float]] = {name: [] for name in RINGS}
         # short requests are disturbed most and cost least
-        for _ in range(settings["turns"] * (3 if 4 * new < settings["total"] else 1)):
+        for _ in range(
+            settings["turns"]
+            * (1 if 4 * new >= settings["total"] else 8 if 32 * new >= settings["total"] else 24)
+        ):
             for name, call in RINGS.items():
                 dist.barrier()
                 started = time.perf_counter()
@@ -88,7 +91,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     heads = settings["heads"], settings["kv_heads"], settings["head_dim"]
     kernel = attention_times(*heads, settings["lengths"], dtype=DTYPE)
-    found = {"attention": kernel, "rings": rings(settings)}
+    rows = settings["total"] // (2 * dist.get_world_size())
+    merging = merge_seconds(heads[0], heads[2], rows, dtype=DTYPE)
+    found = {"attention": kernel, "merge": merging, "rings": rings(settings)}
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(found), flush=True)
     dist.destroy_process_group()

@@ -44,9 +44,9 @@ WORKER = Path(__file__).with_name("_ring_worker.py")
 
 
 def kernel_lengths(ranks: int) -> list[tuple[int, int]]:
-    """(new, keys) of the attentions that calibrate: a rank's share of the keys, few to many queries, one causal."""
+    """(new, keys) of the attentions that calibrate: a rank's share of the keys, few to many queries, two causal."""
     keys = TOTAL // ranks
-    return [*((new, keys) for new in (6, 24, 100, 350)), (450, 450)]
+    return [*((new, keys) for new in (6, 24, 100, 350)), (200, 200), (450, 450)]
 
 
 def measure(inter: str, ranks: int, turns: int) -> tuple[Server, dict[str, dict[str, float]]]:
@@ -67,7 +67,8 @@ def measure(inter: str, ranks: int, turns: int) -> tuple[Server, dict[str, dict[
         topology, calibration = calibrate(cluster, Path(folder) / "cluster.yaml")
         found = run_worker(cluster, WORKER, settings)
     kernel = [AttentionTime(**time) for time in found["attention"]]
-    return Server(shape, topology, serving_rates(topology, calibration, kernel)), found["rings"]
+    rates = serving_rates(topology, calibration, kernel, found["merge"])
+    return Server(shape, topology, rates), found["rings"]
 
 
 def planned(server: Server, new: int) -> str:

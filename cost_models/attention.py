@@ -10,18 +10,22 @@ FLOP           4 H d pairs: two products, 2 FLOP a multiply-add
 KV block       2 G d e (T + P) / N bytes, the message of pass-KV
 query block    H d e T / N bytes, the message of pass-Q
 partial block  H (d e + 4) T / N bytes: a partial output and its fp32 log-sum-exp
-step, A        FLOP / N^2 / C: each rank's queries against each rank's keys, equal by 2N-chunk placement
-pass-KV        (N - 1) max(A, S_kv) + A
-pass-Q         (N - 1) max(A, S_q) + A + all-to-all of (N - 1) partial blocks
-pass-Q, eager  2 max(A, S_q) + (N - 3) max(A, S_q + R) + max(A, R) + R: partial results return step by step; a
-               result of step s goes s ranks back, so min(s, N - s, ranks of a card) of them share each card
-all-gather     (N - 1) S_kv + N A: nothing hidden, as in Llama 3 training (arXiv 2407.21783, section 3.3.2)
+step, A        FLOP / N^2 / C: each rank's queries against each rank's keys, equal by 2N-chunk placement; plus k for
+               each kernel call (1, on a cache 2) and m for each row merged (T / N)
+own step, A0   the same with its own keys, of which T^2 / 4 N^2 pairs lie in two squares under the mask, at rate C_m;
+               3 calls, on a cache 4, which merge 3 T / 2 N and 2 T / N rows (the last rank has one larger square)
+pass-KV        max(A0, S_kv) + (N - 2) max(A, S_kv) + A
+pass-Q         max(A0, S_q) + (N - 2) max(A, S_q) + A + all-to-all of (N - 1) partial blocks + m T to merge N of them
+pass-Q, eager  max(A0, S_q) + max(A, S_q) + (N - 3) max(A, S_q + R) + max(A, R) + R + m T: partial results return step
+               by step; a result of step s goes s ranks back, so min(s, N - s, ranks of a card) share each card
+all-gather     (N - 1) S_kv + A0 + (N - 1) A: nothing hidden, as in Llama 3 training (arXiv 2407.21783, section 3.3.2)
 ============== ==========================================================================================
 
 S is a block's bytes / B plus the latency of a message, R that of a partial block; the eager form is for
-N > 2, with two ranks it is max(A, S_q) + A + R. Source of pass-KV and pass-Q: "Context Parallelism for
-Scalable Million-Token Inference", arXiv 2411.01783, sections 3.3 to 3.5, appendices A, C and D; its own
-figures leave out the causal half and the log-sum-exp.
+N > 2, with two ranks it is max(A0, S_q) + A + R + m T. Calls and rows are those of
+:mod:`codegen.runtime.context_parallel`; k = m = 0 and C_m = C where nobody measured them. Source of pass-KV and
+pass-Q: "Context Parallelism for Scalable Million-Token Inference", arXiv 2411.01783, sections 3.3 to 3.5,
+appendices A, C and D; its own figures leave out the causal half and the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -100,7 +104,9 @@ class RingRates:
         memory_bandwidth: bytes/s at which keys and values are read; bounds decoding.
         message_seconds: seconds a message to the neighbour takes beyond its bytes.
         all_to_all_seconds: seconds an all-to-all takes beyond its bytes.
-        kernel_seconds: seconds a partial attention takes beyond its work.
+        kernel_seconds: seconds a call of the attention kernel takes beyond its work, k.
+        masked_flops: FLOP/s of the kernel on squares under the causal mask, visible pairs counted, C_m; 0: as others.
+        merge_seconds: seconds to add one element of a partial output to the running sums; times H d it is m.
         card_ranks: ranks of a host that share what ``send_bandwidth`` is of one of them alone.
     """
 
@@ -112,10 +118,18 @@ class RingRates:
     all_to_all_seconds: float = 0.0
     kernel_seconds: float = 0.0
     card_ranks: int = 1
+    masked_flops: float = 0.0
+    merge_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         rates = (self.attention_flops, self.send_bandwidth, self.all_to_all_bandwidth, self.memory_bandwidth)
-        waits = (self.message_seconds, self.all_to_all_seconds, self.kernel_seconds)
+        waits = (
+            self.message_seconds,
+            self.all_to_all_seconds,
+            self.kernel_seconds,
+            self.masked_flops,
+            self.merge_seconds,
+        )
         if not (all(rate > 0 for rate in rates) and all(wait >= 0 for wait in waits)):
             raise InputError(f"rates must be above 0 and overheads at least 0, not {rates} and {waits}")
 
@@ -169,12 +183,31 @@ def check_lengths(new: float, cached: float, ranks: int, batch: int) -> None:
 
 
 def step_seconds(
-    shape: AttentionShape, new: float, cached: float, ranks: int, rates: RingRates, batch: int = 1
+    shape: AttentionShape,
+    new: float,
+    cached: float,
+    ranks: int,
+    rates: RingRates,
+    batch: int = 1,
+    *,
+    own: bool = False,
 ) -> float:
-    """A: seconds of one rank's queries against one rank's keys, the larger of compute and memory time."""
+    """A: seconds of one rank's queries against one rank's keys, the larger of compute and memory time.
+
+    ``own``: against its own keys, A0.
+    """
     flops = batch * attention_flops(shape, new, cached) / ranks**2
     moved = batch * attention_bytes(shape, new / ranks, cached / ranks)
-    return max(flops / rates.attention_flops, moved / rates.memory_bandwidth) + rates.kernel_seconds
+    seconds = flops / rates.attention_flops
+    calls, rows = (2 if cached else 1), new / ranks
+    if own:
+        chunks = min(2, ranks)  # those of one rank alone follow each other
+        calls, rows = (2 * chunks, 2 * rows) if cached else (2 * chunks - 1, (2 - 1 / chunks) * rows)
+        masked = batch * 4.0 * shape.width * chunks * (new / ranks / chunks) ** 2 / 2
+        if rates.masked_flops > 0:
+            seconds += masked / rates.masked_flops - masked / rates.attention_flops
+    fixed = batch * (calls * rates.kernel_seconds + rows * shape.width * rates.merge_seconds)
+    return max(seconds, moved / rates.memory_bandwidth) + fixed
 
 
 def ring_seconds(
@@ -202,7 +235,9 @@ def ring_seconds(
         InputError: negative lengths, no ranks, or an unknown algorithm.
     """
     check_lengths(new, cached, ranks, batch)
-    attention = step_seconds(shape, new, cached, ranks, rates, batch)
+    own = step_seconds(shape, new, cached, ranks, rates, batch, own=True)
+    other = step_seconds(shape, new, cached, ranks, rates, batch)
+    attention = own + (ranks - 1) * other
     if algorithm not in ("pass_kv", "pass_q", "pass_q_eager", "all_gather"):
         raise InputError(f"there is no context-parallel algorithm {algorithm!r}; use pass_kv or pass_q")
     if ranks == 1:
@@ -214,12 +249,13 @@ def ring_seconds(
     send = {name: size / rates.send_bandwidth + rates.message_seconds for name, size in
             (("kv", kv), ("query", query))}  # fmt: skip
     homeward, sent = 0.0, others * (query + partial)
+    covers = [own] + [other] * others  # a transfer runs behind the step at which it starts
     if algorithm in ("pass_kv", "all_gather"):
         sent = others * kv
         transfers = [send["kv"]] * others
-        cover = attention if algorithm == "pass_kv" else 0.0
+        covers = covers if algorithm == "pass_kv" else [0.0] * others
     elif algorithm == "pass_q":
-        transfers, cover = [send["query"]] * others, attention
+        transfers = [send["query"]] * others
         homeward = others * partial / rates.all_to_all_bandwidth + rates.all_to_all_seconds
     else:
         # behind step s travel the queries of step s + 1 and what step s - 1 made of others' queries
@@ -230,9 +266,11 @@ def ring_seconds(
         transfers = [send["query"]] * min(2, others)
         transfers += [send["query"] + home for home in back[:-2]]
         transfers += back[-2:-1]
-        cover, homeward = attention, back[-1]
-    exposed = sum(max(0.0, transfer - cover) for transfer in transfers)
-    terms = {"attention": ranks * attention, "exposed": exposed, "return": homeward}
+        homeward = back[-1]
+    if algorithm in ("pass_q", "pass_q_eager"):
+        homeward += batch * new * shape.width * rates.merge_seconds
+    exposed = sum(max(0.0, transfer - cover) for transfer, cover in zip(transfers, covers, strict=False))
+    terms = {"attention": attention, "exposed": exposed, "return": homeward}
     return RingCost(algorithm, terms, sum(transfers) - exposed, sent)
 
 

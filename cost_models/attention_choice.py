@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cost_models.attention import Algorithm, AttentionShape, RingCost, RingRates, check_lengths, ring_seconds
 from ir.errors import InputError
@@ -42,15 +42,8 @@ def scenarios(low: RingRates, high: RingRates) -> tuple[RingRates, ...]:
         (low.all_to_all_bandwidth, high.all_to_all_bandwidth),
     )
     return tuple(
-        RingRates(
-            *rates,
-            memory_bandwidth=high.memory_bandwidth,
-            message_seconds=high.message_seconds,
-            all_to_all_seconds=high.all_to_all_seconds,
-            kernel_seconds=high.kernel_seconds,
-            card_ranks=high.card_ranks,
-        )
-        for rates in dict.fromkeys(ends)
+        replace(high, attention_flops=flops, send_bandwidth=send, all_to_all_bandwidth=back)
+        for flops, send, back in dict.fromkeys(ends)
     )
 
 

@@ -44,13 +44,15 @@ class Calibration:
         all_reduce_factor: seconds of the library's all-reduce over those of a ring on the same links.
         reduce_scatter_factor: the same for its reduce-scatter.
         all_gather_factor: the same for its all-gather.
-        reduce_scatter_seconds: seconds a reduce-scatter over all ranks takes at least, beyond ``collective_seconds``.
-        all_gather_seconds: the same for an all-gather.
         one_way_gain: share of the seconds of an all-to-all between hosts that is saved where each card only
             sends or only receives.
+        posted_efficiency: fraction of a link's bandwidth that an all-to-all reaches whose receives are posted before its
+            sends (:mod:`codegen.runtime.posted`); 0 where it was not measured.
+        posted_seconds: seconds such an all-to-all takes at least; 0 likewise.
         step_seconds: seconds a step costs the host beyond its kernels and collectives (Python, autograd, streams).
         table_seconds: the same for each table of a rank's lookups.
-        group_seconds: the same for each further sharding type, which has its own kernels, exchanges and layout.
+        group_seconds: the same for each further sharding type, which has its own kernels, exchanges and layout; the
+            least seconds of those exchanges included.
         exchange_seconds: the same as ``step_seconds`` where vectors travel by the compressed exchange.
         exchange_table_seconds: the same for each table there.
         source: where the constants come from, for the assumptions of a plan.
@@ -77,9 +79,9 @@ class Calibration:
     all_reduce_factor: float = 1.0
     reduce_scatter_factor: float = 1.0
     all_gather_factor: float = 1.0
-    reduce_scatter_seconds: float = 0.0
-    all_gather_seconds: float = 0.0
     one_way_gain: float = 0.0
+    posted_efficiency: float = 0.0
+    posted_seconds: float = 0.0
     step_seconds: float = 0.0
     table_seconds: float = 0.0
     group_seconds: float = 0.0

@@ -69,7 +69,9 @@ class ServingRates:
     card_sharing: float = 1.0  # as cost_models.calibration.Calibration
     message_seconds: float = 0.0  # of a message between context ranks beyond its bytes
     all_to_all_seconds: float = 0.0  # of an all-to-all beyond its bytes
-    kernel_seconds: float = 0.0  # of a partial attention of a prompt beyond its FLOP
+    kernel_seconds: float = 0.0  # of a call of the attention kernel beyond its FLOP
+    masked_efficiency: float = 0.0  # of that kernel on squares under the causal mask; 0: as without
+    merge_seconds: float = 0.0  # to add an element of a partial output to the sums
     source: str = (
         "fitted on arXiv 2411.01783 (Llama 3 405B, H100), rows marked fit; benchmarks/context_parallel.py"
     )
@@ -116,6 +118,8 @@ class Server:
                 all_to_all_seconds=rates.all_to_all_seconds,
                 kernel_seconds=rates.kernel_seconds,
                 card_ranks=round(alone),
+                masked_flops=peak * rates.masked_efficiency,
+                merge_seconds=rates.merge_seconds,
             )
             for end in (0, 1)
         )

@@ -18,7 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cost_models.calibration import Calibration
+from ir.sharding import ROW_SPLIT
+from ir.topology import Topology
 
+_TWO_STEPS = ROW_SPLIT - {"row_wise"}  # rows split over a host: reduced in it, then sent between hosts
 _ON_NETWORK = ("input_dist", "output_dist", "gradient_dist")
 # Copies of what a rank sends and receives, beyond kernels: TorchRec's pooled all-to-all packs the vectors of its
 # tables into one buffer and lays out what arrives by feature, forwards and backwards (its comm_ops, All2All_Pooled)
@@ -62,14 +65,16 @@ def phase_seconds(
     return shared_seconds(seconds, host_size, calibration.core_sharing)
 
 
-def collective_floors(sharding_types: Collection[str], calibration: Calibration) -> dict[str, float]:
-    """Seconds by phase of the least that reductions of split rows take, beyond the floor of an all-to-all."""
-    if "row_wise" not in sharding_types:
+def second_exchanges(sharding_types: Collection[str], topology: Topology, latency: float) -> dict[str, float]:
+    """Seconds by phase at least of the second step of exchanges that go through the host, then between hosts.
+
+    Nothing on GPUs, where the fitted steps have one floor an exchange.
+    """
+    if topology.device.kind != "cpu" or 1 in (topology.hosts, topology.host_size):
         return {}
-    return {
-        "output_dist": calibration.reduce_scatter_seconds,
-        "gradient_dist": calibration.all_gather_seconds,
-    }
+    if _TWO_STEPS.isdisjoint(sharding_types):
+        return {}
+    return {"output_dist": latency, "gradient_dist": latency}
 
 
 def framework_seconds(

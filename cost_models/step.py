@@ -125,7 +125,9 @@ def step_timeline(
     if host_seconds > 0:
         ops.append(TimedOp("framework", "compute", host_seconds))
     if not ahead:
-        ops.append(TimedOp("input_dist", "network", phase_seconds["input_dist"]))
+        # the thread that starts the exchange is the one that does the host's work
+        before = ("framework",) if host_seconds > 0 else ()
+        ops.append(TimedOp("input_dist", "network", phase_seconds["input_dist"], before))
         lookup_after = ("input_dist",)
     if not isinstance(reduction, DenseReduction):
         item = nbytes(workload.compute_dtype)

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.collective.planning import communication, dense_reduction
+from cost_models.collectives import network
 from cost_models.dense_prices import sharded_dense
 from cost_models.embedding import phase_overheads
 from cost_models.exchanged import exchanged_bytes
 from cost_models.placed import rank_seconds, rank_tiers
-from cost_models.shared import collective_floors, framework_seconds, phase_seconds, staging_seconds
+from cost_models.shared import framework_seconds, phase_seconds, second_exchanges, staging_seconds
 from cost_models.step import DenseReduction, step_timeline
 from ir.plan import Assumption
 from ir.program import Program
@@ -36,8 +37,9 @@ class StepTimeline:
             for phase, seconds in rank_seconds(program.tables, topology, workload, calibration, mode).items()
         }
         overheads = phase_overheads(topology, workload, calibration, mode)
-        floors = collective_floors({table.sharding_type for table in program.tables}, calibration)
-        phases = {p: seconds + overheads[p] + floors.get(p, 0.0) for p, seconds in slowest.items()}
+        kinds = {table.sharding_type for table in program.tables}
+        again = second_exchanges(kinds, topology, network(topology, calibration).latency)
+        phases = {p: seconds + overheads[p] + again.get(p, 0.0) for p, seconds in slowest.items()}
         phases = compressed_phases(phases, program.decisions.compression)
         timeline = step_timeline(
             program.model,

@@ -240,6 +240,7 @@ def calibration_of(record: Record, topology: Topology) -> Calibration:
     latency += outer.latency if topology.hosts > 1 else 0.0
     fabric = _reached(record, inner, "intra")
     network = _reached(record, outer, "inter")
+    posted = _reached(record, outer, "inter", "posted") or _reached(record, inner, "intra", "posted")
     reached: dict[str, Any] = {
         "cache_speedup": max(record["memory"]["cache"] / _memory_peak(record), 1.0),
         "stream_efficiency": _stream_efficiency(record),
@@ -250,6 +251,8 @@ def calibration_of(record: Record, topology: Topology) -> Calibration:
         "collective_seconds": max(floor - latency, 0.0),
         "core_sharing": record.get("core_sharing", 1.0),
         "card_sharing": _card_sharing(record),
+        "posted_efficiency": posted or 0.0,
+        "posted_seconds": _floor(record, "posted"),
     }
     constants: dict[str, Any] = {name: _round(value) for name, value in reached.items()}
     found = replace(CPU, **constants, source=f"measured by planner calibrate on {topology.name}")
@@ -304,9 +307,9 @@ def _collective(record: Record, level: str, op: str) -> list[Record]:
     return [row for row in record["collectives"] if row["level"] == level and row["op"] == op]
 
 
-def _floor(record: Record) -> float:
+def _floor(record: Record, op: str = "all_to_all") -> float:
     """Seconds of the smallest all-to-all over all ranks; 0 with one rank."""
-    rows = _collective(record, "inter", "all_to_all") or _collective(record, "intra", "all_to_all")
+    rows = _collective(record, "inter", op) or _collective(record, "intra", op)
     return float(rows[0]["seconds"]) if rows else 0.0
 
 
@@ -316,9 +319,9 @@ def _outside(row: Record, record: Record) -> float:
     return float(row["bytes"] * (n - own) / n)
 
 
-def _reached(record: Record, link: Link, level: str) -> float | None:
+def _reached(record: Record, link: Link, level: str, op: str = "all_to_all") -> float | None:
     """Fraction of the link that the largest all-to-all reaches, its floor taken off; None where there is none."""
-    rows = _collective(record, level, "all_to_all")
+    rows = _collective(record, level, op)
     if len(rows) < 2:
         return None
     seconds = max(rows[-1]["seconds"] - rows[0]["seconds"], 0.0)

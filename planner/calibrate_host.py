@@ -10,7 +10,6 @@ from cost_models.calibration import Calibration
 from cost_models.collective.planning import communication, dense_reduction
 from cost_models.collectives import Network, all_gather, all_reduce, network, reduce_scatter
 from cost_models.embedding import phase_overheads
-from cost_models.shared import collective_floors
 from ir.topology import Topology
 from ir.workload import Workload
 
@@ -45,9 +44,6 @@ def host_constants(record: Record, topology: Topology, found: Calibration) -> di
         factor = _factor(record, name, net, form)
         if factor is not None:
             constants[f"{name}_factor"] = factor
-    floor = _least(record, "all_to_all")
-    for name in ("reduce_scatter", "all_gather"):
-        constants[f"{name}_seconds"] = max(_least(record, name) - floor, 0.0)
     gain = _one_way_gain(record)
     if gain is not None:
         constants["one_way_gain"] = gain
@@ -69,12 +65,6 @@ def _factor(record: Record, name: str, net: Network, form: Any) -> float | None:
             # below 1: rings that are faster than an all-to-all of the same link, which set its bandwidth
             return float(max(seconds, 0.1 * rows[-1]["seconds"]) / form(rows[-1]["bytes"], net))
     return None
-
-
-def _least(record: Record, name: str) -> float:
-    """Seconds that such a collective over all ranks takes at least; 0 where it was not measured."""
-    rows = _rows(record, "inter", name) or _rows(record, "intra", name)
-    return _floor(rows) if len(rows) > 1 else 0.0
 
 
 def _floor(rows: Sequence[Record]) -> float:
@@ -102,8 +92,7 @@ def _framework(trials: Record, topology: Topology, found: Calibration) -> dict[s
     known = sum(phase_overheads(topology, Workload(), found, "train").values())
     reduction = dense_reduction(communication(topology, found), found.bucket_bytes, False)
     known += sum(reduction.price(trials["dense_bytes"]).values())
-    floors = collective_floors(("row_wise",), found)  # of the second sharding type
-    table, group = max(table, 0.0), max(group - sum(floors.values()), 0.0)
+    table, group = max(table, 0.0), max(group, 0.0)
     constants = {
         "table_seconds": table,
         "group_seconds": group,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codegen.runtime.context_parallel.pieces import between
+from codegen.runtime.context_parallel.pieces import Piece, between
 from codegen.runtime.context_parallel.placement import balanced
 from cost_models.attention import (
     Algorithm,
@@ -24,6 +25,7 @@ from cost_models.attention import (
     causal_pairs,
     decode_seconds,
     ring_seconds,
+    step_seconds,
 )
 from cost_models.attention_choice import (
     H100_RDMA_HIGH,
@@ -72,6 +74,53 @@ def test_messages_and_work_are_what_the_runtime_places(new: int, cached: int, ra
             pairs = sum(p.pairs for _, parts in between(queries, place, keys, other) for p in parts)
             seconds = 4 * 32 * pairs / 1e9
             assert kv.terms["attention"] / ranks == pytest.approx(seconds, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("new", "cached", "ranks"), [(800, 0, 4), (1024, 1024, 2), (640, 6400, 4), (500, 0, 1), (500, 200, 1)]
+)
+def test_calls_merges_and_masks_are_those_of_the_runtime(new: int, cached: int, ranks: int) -> None:
+    """Own step exactly, but for the last rank, whose chunks meet; of the others, in which some ranks join two calls or
+    merge half the rows, the most."""
+    queries = balanced([new], ranks, [cached])
+    keys = balanced([cached], ranks).extend(queries)
+    parts = {
+        (place, other): [p for _, found in between(queries, place, keys, other) for p in found]
+        for place in range(ranks)
+        for other in range(ranks)
+    }
+    shape = AttentionShape(4, 2, 8, 4)
+    free = RingRates(math.inf, math.inf, math.inf)
+
+    def seconds(own: bool, **rates: Any) -> float:
+        return step_seconds(shape, new, cached, ranks, replace(free, **rates), own=own)
+
+    def rows(pieces: list[Piece]) -> int:
+        return sum(piece.rows[1] - piece.rows[0] for piece in pieces)
+
+    own = [parts[rank, rank] for rank in range(max(ranks - 1, 1))]
+    assert {len(pieces) for pieces in own} == {seconds(True, kernel_seconds=1.0)}
+    merged = seconds(True, merge_seconds=1.0) / shape.width
+    assert {rows(pieces) for pieces in own} == {merged}
+    # 4 H d FLOP a pair; the squares have (n + 1) / n as many pairs as n^2 / 2
+    masked = [sum(p.pairs for p in pieces if p.mask == "square") for pieces in own]
+    found = seconds(True, attention_flops=1e12, masked_flops=0.5e12) - seconds(True, attention_flops=1e12)
+    assert masked == [pytest.approx(found * 1e12 / (4 * shape.width), rel=4 * ranks / new)] * len(own)
+    others = [pieces for (place, other), pieces in parts.items() if place != other]
+    if others:
+        assert max(len(pieces) for pieces in others) == seconds(False, kernel_seconds=1.0)
+        assert max(rows(pieces) for pieces in others) == seconds(False, merge_seconds=1.0) / shape.width
+        assert all(piece.mask == "full" for pieces in others for piece in pieces)
+
+
+def test_partial_outputs_are_merged_again_at_home() -> None:
+    plain, merging = RingRates(1e9, 1e6, 1e6), RingRates(1e9, 1e6, 1e6, merge_seconds=1e-9)
+    shape = AttentionShape(4, 2, 8, 4)
+    for algorithm, at_home in (("pass_kv", 0), ("pass_q", 640), ("pass_q_eager", 640)):
+        ways = [ring_seconds(algorithm, shape, 640, 0, 4, rates) for rates in (plain, merging)]  # type: ignore[arg-type]
+        assert ways[1].terms["return"] - ways[0].terms["return"] == pytest.approx(at_home * 32e-9)
+        # 1.5 times 160 rows with its own keys, 160 with those of 3 others
+        assert ways[1].terms["attention"] - ways[0].terms["attention"] == pytest.approx(4.5 * 160 * 32e-9)
 
 
 def schedule(n: int, attention: float, block: float, part: float | None = None) -> float:

@@ -74,6 +74,20 @@ def test_inference_exchanges_ids_first_and_has_no_backward() -> None:
     assert at["lookup_forward"][0] == at["input_dist"][1]
 
 
+def test_the_host_works_before_it_starts_the_exchange_of_ids() -> None:
+    """One thread of a CPU rank does both, so that the host's work is all on the critical path."""
+    work, machine = Workload(65536, {}), preset("h100-2x8")
+    constants = replace(GPU, ids_ahead=False)
+    plain, hosted = (
+        step_timeline(MODEL, MS, machine, work, constants, "train", host_seconds=seconds)
+        for seconds in (0.0, 5e-3)
+    )
+    at = spans(hosted)
+    assert at["input_dist"][0] == at["framework"][1] == 5e-3
+    assert at["lookup_forward"][0] == at["input_dist"][1]
+    assert hosted.step == pytest.approx(plain.step + 5e-3)
+
+
 def test_one_rank_reduces_nothing() -> None:
     assert not [name for name in spans(run(preset("h100-1x1"))) if name.startswith("all_reduce")]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,13 @@ def test_rates_of_a_calibrated_cluster() -> None:
     calibration = replace(CPU, card_sharing=2.0, network_efficiency=0.8)
     # 1 ms and 2e11 FLOP/s, measured exactly
     times = [AttentionTime(flops, 1e-3 + flops / 2e11) for flops in (1e8, 1e9, 4e9)]
-    rates = serving_rates(topology, calibration, times)
-    assert fit_attention(times) == pytest.approx((1e-3, 2e11, 2e11))
+    under_mask = [AttentionTime(flops, 1e-3 + flops / 5e10, masked=True) for flops in (1e8, 1e9)]
+    rates = serving_rates(topology, calibration, times + under_mask, merge_seconds=2e-9)
+    assert astuple(fit_attention(times + under_mask)) == pytest.approx((1e-3, 2e11, 2e11, 5e10))
+    assert fit_attention(times).masked == pytest.approx(2e11)
     ring = Server(LLAMA, topology, rates).ring_rates(layout(1, 4))[0]
-    assert ring.attention_flops == pytest.approx(2e11)
+    assert (ring.attention_flops, ring.masked_flops) == pytest.approx((2e11, 5e10))
+    assert ring.merge_seconds == 2e-9
     assert ring.send_bandwidth == pytest.approx(100.0)  # one rank of a host sends to the next host
     # of 3 blocks 2 leave the host, and both ranks send: 4 blocks through 100 B/s
     assert 3 / ring.all_to_all_bandwidth == pytest.approx(4 / 100.0)

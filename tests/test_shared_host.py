@@ -14,9 +14,9 @@ import planner
 from cost_models.calibration import CPU
 from cost_models.collectives import all_gather, all_reduce, network, reduce_scatter
 from cost_models.shared import (
-    collective_floors,
     exchange_seconds,
     framework_seconds,
+    second_exchanges,
     shared_seconds,
     staging_seconds,
 )
@@ -73,11 +73,21 @@ def test_a_step_of_the_host() -> None:
     coded = replace(measured, exchange_seconds=5e-3, exchange_table_seconds=1e-3)
     assert framework_seconds(8, 1, coded, compressed=True) == pytest.approx(13e-3)
     assert framework_seconds(8, 3, coded) == framework_seconds(8, 3, measured)
-    assert set(collective_floors(("table_wise", "grid_shard"), coded)) == set()
     # two directions of 1 MB in and out of a buffer at 4 of 8 GB/s: each copy reads and writes
     assert staging_seconds(2e6, 8e9, replace(CPU, stream_efficiency=0.5)) == pytest.approx(2e-3)
     assert framework_seconds(8, 3, measured) == pytest.approx(3e-3 + 8 * 2e-4 + 2e-3)
     assert framework_seconds(8, 3, CPU) == 0.0
+
+
+def test_exchanges_in_two_steps_wait_twice() -> None:
+    one = planner.topology("local-2")
+    two = replace(one, levels=(one.levels[0], Level("cluster", 2, Link("cluster", 1e7, 0.0))))
+    assert second_exchanges(("table_wise", "row_wise"), two, 2e-3) == {}
+    assert second_exchanges(("table_wise", "grid_shard"), one, 2e-3) == {}
+    both = {"output_dist": 2e-3, "gradient_dist": 2e-3}
+    assert second_exchanges(("table_wise", "grid_shard"), two, 2e-3) == both
+    assert second_exchanges(("table_row_wise",), two, 2e-3) == both
+    assert second_exchanges(("table_row_wise",), planner.topology("h100-2x8"), 2e-3) == {}
 
 
 def record() -> dict[str, Any]:
@@ -125,9 +135,7 @@ def test_constants_of_a_record() -> None:
     assert reduce_scatter(4e6, net) == pytest.approx(1.5 * ring, rel=1e-3)
     assert all_gather(4e6, net) == pytest.approx(3 * ring, rel=1e-3)
     assert found.table_seconds == pytest.approx(4e-3 / 8)
-    # of 3 ms, the floors of a reduce-scatter and an all-gather are 2
-    assert (found.reduce_scatter_seconds, found.all_gather_seconds) == pytest.approx((1e-3, 1e-3))
-    assert found.group_seconds == pytest.approx(1e-3)
+    assert found.group_seconds == pytest.approx(3e-3)  # the floors of its exchanges included
     assert found.one_way_gain == pytest.approx(0.2)
     assert found.exchange_table_seconds == pytest.approx(12e-3 / 8)
     # 24 ms, of which tables are 3, collectives about 5, and the sizes of two exchanges 2

@@ -11,8 +11,9 @@ gemm           (m, k) x (k, n) products in fp32 and bf16: FLOP/s
 lookup         pooled lookups of uniformly drawn rows, forward, and backward with the row-wise update: seconds
 links          ping-pong between two ranks by message size, one way: seconds; flood: every rank sends to and receives from
                a rank of its own host (intra) or of the next host (inter) at once: bytes/s a rank, one direction
-collectives    all-to-all, all-reduce, reduce-scatter and all-gather by bytes of the whole buffer, in each host at once
-               (intra) and over all ranks (inter); one_way: an all-to-all to which only the first half of the hosts send
+collectives    all-to-all (the library's, and "posted", the project's own), all-reduce, reduce-scatter and all-gather by
+               bytes of the whole buffer, in each host at once (intra) and over all ranks (inter); one_way: the largest
+               all-to-all with only the first half of the hosts sending
 core_sharing   seconds of a product with all ranks at work over those of one rank alone
 framework      steps of TorchRec, and under the compressed exchange, with hardly a byte in them
                (:mod:`codegen.runtime.measure_host`)
@@ -33,6 +34,7 @@ import torch.distributed as dist
 
 from codegen.runtime.launch import Rank
 from codegen.runtime.measure_host import core_sharing, framework
+from codegen.runtime.posted import all_to_all
 
 Record = dict[str, Any]
 
@@ -48,7 +50,6 @@ _FLOOD_BYTES = (
     8 * 2**20
 )  # the most a rank sends in one repetition over a fast link: the size of a large exchange
 _COLLECTIVE_BYTES = (1024, 65536, 2**18, 2**20, 2**22)
-_ONE_WAY_BYTES = 2**20
 _SPAN = 0.05  # seconds that the repetitions of one measurement fill together
 _MOST_REPEATS = 40
 _SMALL = 4096  # bytes; messages up to this are timed in batches
@@ -329,15 +330,16 @@ def _collectives(rank: Rank, repeats: int) -> list[Record]:
         rows += _sweep("intra", hosts[rank.rank // size], size, repeats)
     if world > size:
         rows += _sweep("inter", dist.group.WORLD, world, repeats)
-        rows.append(_one_way(rank, repeats))
+        both = [row for row in rows if row["op"] == "all_to_all" and row["level"] == "inter"]
+        rows.append(_one_way(rank, both[-1]["bytes"], repeats))
     return rows
 
 
-def _one_way(rank: Rank, repeats: int) -> Record:
-    """An all-to-all to which only the ranks of the first half of the hosts send."""
+def _one_way(rank: Rank, size: int, repeats: int) -> Record:
+    """An all-to-all of ``size`` bytes to which only the ranks of the first half of the hosts send."""
     world = rank.world_size
     senders = max(world // rank.host_size // 2, 1) * rank.host_size
-    part = _ONE_WAY_BYTES // 4 // world
+    part = size // 4 // world
     sent = [part if rank.rank < senders else 0] * world
     taken = [part if peer < senders else 0 for peer in range(world)]
     given, into = torch.zeros(sum(sent)), torch.zeros(sum(taken))
@@ -347,7 +349,7 @@ def _one_way(rank: Rank, repeats: int) -> Record:
 
 def _sweep(level: str, group: dist.ProcessGroup | None, ranks: int, repeats: int) -> list[Record]:
     rows = []
-    for name in ("all_to_all", "all_reduce", "reduce_scatter", "all_gather"):
+    for name in ("all_to_all", "posted", "all_reduce", "reduce_scatter", "all_gather"):
         for size in _COLLECTIVE_BYTES:
             count = size // 4 // ranks * ranks
             work = _work(name, count, ranks, group)
@@ -365,8 +367,11 @@ def _work(name: str, count: int, ranks: int, group: dist.ProcessGroup | None) ->
     if name == "all_to_all":
         return partial(dist.all_to_all_single, taken, given, group=group)
     part = torch.zeros(count // ranks)
+    if name == "posted":
+        parts = [count // ranks] * ranks
+        return lambda: all_to_all(taken, given, parts, parts, group).wait()
     if name == "reduce_scatter":
-        return partial(dist.reduce_scatter, part, list(given.chunk(ranks)), group=group)
+        return partial(dist.reduce_scatter_tensor, part, given, group=group)
     if name == "all_gather":
-        return partial(dist.all_gather, list(taken.chunk(ranks)), part, group=group)
+        return partial(dist.all_gather_into_tensor, taken, part, group=group)
     return partial(dist.all_reduce, given, group=group)

@@ -3,15 +3,15 @@
 :func:`core_sharing` times a product on one rank while the others wait and on all at once. :func:`framework` times
 steps of TorchRec with hardly a byte in them, so that what remains is Python, autograd and the number of
 collectives: two tables, ten tables, and ten tables under two sharding types; then two and ten tables under the
-compressed exchange.
+compressed exchange. These steps take turns, since what disturbs a shared machine comes and goes and only their
+differences count.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ import torch.distributed as dist
 
 from codegen.runtime.launch import Rank
 from ir.compression import Decay, Direction
-from ir.sharding import row_blocks
 
 _SIZE = 512  # of the product; a millisecond or two, long beside a wake-up
 _FEW, _MANY = 2, 10  # tables
 _ROWS, _DIM, _SAMPLES = 64, 16, 8  # of each table and of each rank's batch: nothing to speak of
-_WARM_UP, _STEPS = 3, 20
+_ROUNDS, _WARM_UP, _STEPS = 3, 2, 8  # of each kind of step, one kind after the other
+
+Step = Callable[[], None]
 
 
 def core_sharing(rank: Rank, repeats: int) -> float:
@@ -60,15 +61,20 @@ def framework(rank: Rank, repeats: int) -> dict[str, Any] | None:
         return None
     if rank.world_size == 1:
         return None
+    kinds: dict[str, list[str]] = {
+        "few": ["table_wise"] * _FEW,
+        "many": ["table_wise"] * _MANY,
+        "two_types": ["table_wise", "column_wise"] * (_MANY // 2),
+    }
+    with torch.enable_grad():
+        steps = {name: _stepper(types, rank) for name, types in kinds.items()}
+        steps |= {f"exchange_{name}": _exchange_stepper(len(kinds[name]), rank) for name in ("few", "many")}
+        seconds = _in_turns(steps)
     return {
         "few_tables": _FEW,
         "many_tables": _MANY,
-        "few": _trial(["table_wise"] * _FEW, rank),
-        "many": _trial(["table_wise"] * _MANY, rank),
-        "two_types": _trial(["table_wise", "row_wise"] * (_MANY // 2), rank),
         "dense_bytes": 4 * _parameters(_MANY),
-        "exchange_few": _seconds(partial(_exchange_stepper, _FEW, rank)),
-        "exchange_many": _seconds(partial(_exchange_stepper, _MANY, rank)),
+        **seconds,
     }
 
 
@@ -76,28 +82,24 @@ def _parameters(tables: int) -> int:
     return tables * _DIM + 1
 
 
-def _trial(kinds: Sequence[str], rank: Rank) -> float:
-    """Median seconds of a training step over tables of these sharding types, on the slowest rank."""
-    return _seconds(partial(_stepper, kinds, rank))
-
-
-def _seconds(made: Callable[[], Callable[[], None]]) -> float:
-    """Median seconds on the slowest rank of the step that ``made`` makes."""
-    seconds = []
-    with torch.enable_grad():
-        step = made()
-        for _ in range(_WARM_UP + _STEPS):
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            dist.barrier()
-            seconds.append(time.perf_counter() - start)
-    slowest = torch.tensor(seconds[_WARM_UP:], dtype=torch.float64)
+def _in_turns(steps: Mapping[str, Step]) -> dict[str, float]:
+    """Lower quartile of the seconds of each step, on the slowest rank: what disturbs a shared machine only adds."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(_ROUNDS):
+        for name, step in steps.items():
+            for count in range(_WARM_UP + _STEPS):
+                dist.barrier()
+                start = time.perf_counter()
+                step()
+                dist.barrier()
+                if count >= _WARM_UP:
+                    seconds[name].append(time.perf_counter() - start)
+    slowest = torch.tensor(list(seconds.values()), dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(statistics.median(slowest.tolist()))
+    return {name: statistics.quantiles(row)[0] for name, row in zip(steps, slowest.tolist(), strict=True)}
 
 
-def _exchange_stepper(tables: int, rank: Rank) -> Callable[[], None]:
+def _exchange_stepper(tables: int, rank: Rank) -> Step:
     """A training step whose vectors and gradients all travel under a codec."""
     from torch import nn
 
@@ -145,7 +147,15 @@ def _exchange_stepper(tables: int, rank: Rank) -> Callable[[], None]:
     return step
 
 
-def _stepper(kinds: Sequence[str], rank: Rank) -> Callable[[], None]:
+def _blocks(kind: str, table: int, world: int) -> list[tuple[int, list[int], list[int]]]:
+    """(rank, offsets, sizes) of a table's shards: the whole, or two halves of its columns."""
+    if kind == "table_wise":
+        return [(table % world, [0, 0], [_ROWS, _DIM])]
+    half = _DIM // 2
+    return [((table + side) % world, [0, side * half], [_ROWS, half]) for side in (0, 1)]
+
+
+def _stepper(kinds: Sequence[str], rank: Rank) -> Step:
     from torch import nn
     from torch.distributed._shard.metadata import ShardMetadata
     from torch.distributed.optim import _apply_optimizer_in_backward  # type: ignore[attr-defined]
@@ -184,10 +194,8 @@ def _stepper(kinds: Sequence[str], rank: Rank) -> Callable[[], None]:
         _apply_optimizer_in_backward(torch.optim.SGD, [parameter], {"lr": 0.01})
     plan = EmbeddingModuleShardingPlan()
     for n, (name, kind) in enumerate(zip(names, kinds, strict=True)):
-        blocks = [(n % rank.world_size, 0, _ROWS)]
-        if kind == "row_wise":
-            blocks = [(r, *block) for r, block in enumerate(row_blocks(_ROWS, rank.world_size))]
-        shards = [ShardMetadata([first, 0], [rows, _DIM], f"rank:{r}/cpu") for r, first, rows in blocks]
+        blocks = _blocks(kind, n, rank.world_size)
+        shards = [ShardMetadata(offsets, sizes, f"rank:{r}/cpu") for r, offsets, sizes in blocks]
         ranks = [r for r, _, _ in blocks]
         plan[name] = ParameterSharding(kind, "fused", ranks, EnumerableShardingSpec(shards))
     wrapped = DistributedModelParallel(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from codegen.runtime.context_parallel.kernels import choose
+from codegen.runtime.context_parallel.merge import Accumulator
 from codegen.runtime.context_parallel.pieces import Piece
 
 _SPAN = 0.1  # seconds that one repetition fills; many turns of a scheduler
@@ -22,6 +24,22 @@ def _agreed(calls: int) -> int:
     most = torch.tensor(calls)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return int(most)
+
+
+def _seconds(work: Callable[[], object], repeats: int) -> float:
+    """Median seconds of ``work`` on the slowest rank, all ranks at once; the same on every rank."""
+    seconds, calls = [], 1
+    for _ in range(repeats + 1):
+        dist.barrier()
+        started = time.perf_counter()
+        for _ in range(calls):
+            work()
+        seconds.append((time.perf_counter() - started) / calls)
+        # ranks that share a core take turns of some milliseconds: only longer work shows what each gets
+        calls = _agreed(min(_MOST_CALLS, math.ceil(_SPAN / seconds[0])))
+    slowest = torch.tensor(statistics.median(seconds[1:]), dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest)
 
 
 def attention_times(
@@ -42,7 +60,7 @@ def attention_times(
         repeats: behind each median, after one to warm up.
 
     Returns:
-        ``{"flops", "seconds"}`` of each, on the slowest rank, the same on every rank.
+        ``{"flops", "seconds", "masked"}`` of each, on the slowest rank, the same on every rank.
     """
     kernel = choose("auto", dtype, torch.device("cpu"), head_dim)
     found = []
@@ -50,16 +68,19 @@ def attention_times(
         q = torch.randn(new, heads, head_dim).to(dtype)
         k, v = (torch.randn(keys, kv_heads, head_dim).to(dtype) for _ in range(2))
         piece = Piece((0, new), (0, keys), "square" if new == keys else "full")
-        seconds, calls = [], 1
-        for _ in range(repeats + 1):
-            dist.barrier()
-            started = time.perf_counter()
-            for _ in range(calls):
-                kernel.forward(q, k, v, piece, head_dim**-0.5)
-            seconds.append((time.perf_counter() - started) / calls)
-            # ranks that share a core take turns of some milliseconds: only longer work shows what each gets
-            calls = _agreed(min(_MOST_CALLS, math.ceil(_SPAN / seconds[0])))
-        slowest = torch.tensor(statistics.median(seconds[1:]), dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        found.append({"flops": 4.0 * heads * head_dim * piece.pairs, "seconds": float(slowest)})
+        seconds = _seconds(partial(kernel.forward, q, k, v, piece, head_dim**-0.5), repeats)
+        flops = 4.0 * heads * head_dim * piece.pairs
+        found.append({"flops": flops, "seconds": seconds, "masked": new == keys})
     return found
+
+
+def merge_seconds(
+    heads: int, head_dim: int, rows: int, *, dtype: torch.dtype = torch.float32, repeats: int = 5
+) -> float:
+    """Seconds an element of adding a partial output (rows, heads, head_dim) to the running sums.
+
+    Measured as :func:`attention_times`.
+    """
+    sums = Accumulator(rows, heads, head_dim, dtype, torch.device("cpu"))
+    out, lse = torch.randn(rows, heads, head_dim).to(dtype), torch.randn(rows, heads)
+    return _seconds(partial(sums.add, 0, rows, out, lse), repeats) / out.numel()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from codegen.runtime.context_parallel.merge import work_dtype
-from codegen.runtime.context_parallel.ring import Ring, Transfer, offsets
+from codegen.runtime.context_parallel.ring import Passing, Ring, Transfer, offsets
 from codegen.runtime.context_parallel.trace import Trace, span
 from ir.errors import InputError
 
@@ -50,21 +50,16 @@ def _no_keys(ring: Ring) -> Tensor:
 
 def _forward(ring: Ring, q: Tensor, block: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
     sums = ring.accumulator(ring.rank)
+    passing = Passing(ring, block, ring.keys, _KV, trace)
     for step in range(ring.size):
         source, transfer = ring.source(step), None
         if step + 1 < ring.size:
-            transfer = _pass_on(ring, block, step, trace)
+            transfer = passing.start(block, step)
         with span(trace, "attention", step=step, source=source):
             ring.attend(sums, q, ring.split_keys(block, source), ring.rank, source)
         if transfer is not None:
             block = transfer.wait()
     return sums.out.to(q.dtype), sums.lse
-
-
-def _pass_on(ring: Ring, block: Tensor, step: int, trace: Trace | None) -> Transfer:
-    """Send this step's keys and values on, receive those of the next."""
-    incoming = block.new_empty(ring.keys.rows(ring.source(step + 1)), *block.shape[1:])
-    return ring.exchange(block, incoming, trace, step + 1, _KV)
 
 
 class _RingAttention(torch.autograd.Function):
@@ -90,11 +85,12 @@ def _backward(
     kind = work_dtype(q.dtype)
     d_q = torch.zeros_like(q, dtype=kind)
     lse = lse.to(kind)
+    passing = Passing(ring, block, ring.keys, _KV, trace)
     travelling: Transfer | None = None  # gradients of the block of this step, from the ranks before
     for step in range(ring.size):
         source, transfer = ring.source(step), None
         if step + 1 < ring.size:
-            transfer = _pass_on(ring, block, step, trace)
+            transfer = passing.start(block, step)
         mine = torch.zeros_like(block, dtype=kind)
         with span(trace, "attention", step=step, source=source, backward=True):
             _gradients(ring, grad, q, block, out, lse, source, d_q, mine)

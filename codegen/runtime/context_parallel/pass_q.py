@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from codegen.runtime.context_parallel.merge import Accumulator, merge, work_dtype
-from codegen.runtime.context_parallel.ring import Ring, Transfer
+from codegen.runtime.context_parallel.ring import Passing, Ring, Transfer
 from codegen.runtime.context_parallel.trace import Trace, span
 from codegen.runtime.posted import all_to_all
 from ir.errors import InputError, did_you_mean
@@ -67,14 +67,13 @@ def pass_q(
 def _round(
     ring: Ring, q: Tensor, kv: Sequence[Tensor], trace: Trace | None, eager: bool
 ) -> tuple[Tensor, Tensor]:
-    block = q
+    block, passing = q, Passing(ring, q, ring.queries, _QUERY, trace)
     partial: dict[int, Tensor] = {}  # by the rank whose queries they are
     homeward: list[Transfer] = []
     for step in range(ring.size):
         source, transfer = ring.source(step), None
         if step + 1 < ring.size:
-            incoming = q.new_empty(ring.queries.rows(ring.source(step + 1)), *q.shape[1:])
-            transfer = ring.exchange(block, incoming, trace, step + 1, _QUERY)
+            transfer = passing.start(block, step)
         with span(trace, "attention", step=step, source=source):
             sums = ring.accumulator(source)
             ring.attend(sums, block, kv, source, ring.rank)

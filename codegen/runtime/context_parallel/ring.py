@@ -207,19 +207,66 @@ class Ring:
         return Accumulator(self.queries.rows(rank), self.heads, self.head_dim, self.dtype, self.device)
 
     def exchange(
-        self, sent: Tensor, received: Tensor, trace: Trace | None, step: int, tag: int, hop: int = 1
+        self,
+        sent: Tensor,
+        received: Tensor,
+        trace: Trace | None,
+        step: int,
+        tag: int,
+        hop: int = 1,
+        expected: Posted | None = None,
     ) -> Transfer:
         """Start to send ``sent`` to the rank ``hop`` places on and to receive from as many places back.
 
-        Both sides know both sizes; a message of no bytes is not sent.
+        Both sides know both sizes; a message of no bytes is not sent. ``expected``: the receive, if it has been posted.
         """
         start = None if trace is None else trace.mark()
-        posted = post(
-            [(received, self.neighbour(-hop))], [(sent, self.neighbour(hop))], group=self.group, tag=tag
-        )
+        receives = [] if expected else [(received, self.neighbour(-hop))]
+        posted = post(receives, [(sent, self.neighbour(hop))], group=self.group, tag=tag)
+        if expected:
+            posted = Posted([*expected.works, *posted.works])
         if trace is not None:
             trace.add("post", start, trace.mark(), step=step, tag=tag)
         return Transfer(posted, (sent, received), trace, start, step, tag)
+
+
+class Passing:
+    """A block that goes round the ring, whose receives are posted one step ahead.
+
+    What tells a sender that its receiver is ready shares the card with the data of other ranks of the host. Sent a
+    step early, it does not hold up the next block. NCCL matches messages in the order of both sides' calls, so
+    there a receive is posted with its send.
+
+    Args:
+        ring: the layout.
+        block: what is passed on first.
+        rows: whose rows on a rank are the first dimension of the block that began there.
+        tag: of the messages.
+        trace: records them.
+    """
+
+    def __init__(self, ring: Ring, block: Tensor, rows: Placement, tag: int, trace: Trace | None) -> None:
+        self._ring, self._like, self._rows, self._tag, self._trace = ring, block, rows, tag, trace
+        self._expected: dict[int, tuple[Tensor, Posted]] = {}
+        self._ahead = dist.get_backend(ring.group) == "gloo"
+        if self._ahead:
+            self._expect(1)
+
+    def _buffer(self, step: int) -> Tensor:
+        return self._like.new_empty(self._rows.rows(self._ring.source(step)), *self._like.shape[1:])
+
+    def _expect(self, step: int) -> None:
+        if step < self._ring.size:
+            buffer, ring = self._buffer(step), self._ring
+            posted = post([(buffer, ring.neighbour(-1))], [], group=ring.group, tag=self._tag)
+            self._expected[step] = buffer, posted
+
+    def start(self, block: Tensor, step: int) -> Transfer:
+        """Send the block of ``step`` on and receive that of the next step."""
+        if self._ahead:
+            self._expect(step + 2)
+        received, expected = self._expected.pop(step + 1, None) or (self._buffer(step + 1), None)
+        return self._ring.exchange(block, received, self._trace, step + 1, self._tag, expected=expected)
 
 
 class Transfer:
