@@ -42,14 +42,15 @@ function blocks(t) {
   if (option.startsWith("data_parallel")) return [["every rank", 0, 0, n, dim]];
   return t[11];
 }
+const tint = rank => colour(typeof rank === "number" ? rank % 8 : 7);  // of a host of 8 each device has its own
 function drawing(t, box) {
   const W = 330, H = 210, left = 2, top = 16, w = W - left - 40, h = H - top - 26, root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `blocks of ${t[0]}` }, box);
   text(left, 11, `${t[2]} columns`, root, { class: "dim" });
   for (const [rank, row, col, n, cols] of blocks(t)) {
     if (!n) continue;
     const a = { x: left + col / t[2] * w, y: top + row / t[1] * h, width: Math.max(0.8, cols / t[2] * w), height: Math.max(0.5, n / t[1] * h) };
-    svg("rect", { ...a, fill: typeof rank === "number" ? colour(rank) : colour(7), stroke: "var(--panel)", "stroke-width": a.height > 4 ? 1 : 0 }, root, `${typeof rank === "number" ? "rank " : ""}${rank}\nrows ${count(row)} to ${count(row + n)}, columns ${col} to ${col + cols}`);
-    if (a.height > 13 && a.width > 30) text(a.x + 4, a.y + 12, typeof rank === "number" ? `r${rank}` : rank, root, { class: over(typeof rank === "number" ? rank : 7), style: "pointer-events:none" });
+    svg("rect", { ...a, fill: tint(rank), stroke: "var(--panel)", "stroke-width": a.height > 4 ? 1 : 0 }, root, `${typeof rank === "number" ? "rank " : ""}${rank}\nrows ${count(row)} to ${count(row + n)}, columns ${col} to ${col + cols}`);
+    if (a.height > 13 && a.width > 30) text(a.x + 4, a.y + 12, typeof rank === "number" ? `r${rank}` : rank, root, { class: over(typeof rank === "number" ? rank % 8 : 7), style: "pointer-events:none" });
   }
   let from = 0;
   t[13].forEach(([tier, n], i) => { const y = top + from / t[1] * h, hh = Math.max(1.5, n / t[1] * h); svg("rect", { x: left + w + 6, y, width: 10, height: hh, fill: colour(i + 2) }, root, `${tier}: ${count(n)} rows, hottest first`); text(left + w + 19, Math.min(y + 9, H - 30), tier, root); from += n; });
