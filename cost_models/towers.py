@@ -160,7 +160,7 @@ def tower_seconds(
     out = samples * widest * item * (count - 1) / count
     received = samples / count * item * (total - narrowest)
     link = _in_tower_seconds(sent, inside, topology, calibration)
-    peer = max(out, received) / net.inter + (net.latency if count > 1 else 0.0)
+    peer = _peer_seconds(max(out, received), net, topology, calibration) if count > 1 else 0.0
     if topology.device.kind == "cpu" and count > 1:  # as the flat exchange: packed, and laid out by feature
         peer += staging_seconds(samples * widest * item, topology.device.tiers[0].read_bandwidth, calibration)
     forward = max(_module_seconds(tower, kind, samples, workload, topology, calibration) for tower in towers)
@@ -182,6 +182,13 @@ def tower_seconds(
         phases["tower_reduce"] = all_reduce(params * nbytes(workload.compute_dtype), inside) + inside.latency
     spread = (inside.hosts - 1) / inside.hosts * float(sent.max())
     return TowerSeconds(phases, (out + spread) * (2 if train else 1))
+
+
+def _peer_seconds(size: float, net: Network, topology: Topology, calibration: Calibration) -> float:
+    """An exchange of ``size`` bytes between towers; over gloo its receives are posted first (codegen.runtime.posted)."""
+    if not calibration.posted_efficiency:
+        return size / net.inter + net.latency
+    return size / (calibration.posted_efficiency * topology.inter_link.bandwidth) + calibration.posted_seconds
 
 
 def _in_tower_seconds(
