@@ -79,6 +79,14 @@ class JointProblem:
         """What an option of a table stands for."""
         return next(made for made in self.classes if t in made.members).meaning[option]
 
+    def formats_of(self, c: int, option: Option) -> tuple[str, ...]:
+        """Formats of a menu's option: weights and state of a table, or the tensors of a dense member."""
+        if c < len(self.classes):
+            chosen = self.classes[c].meaning[option]
+            return chosen.format, chosen.state
+        member = self.members[c - len(self.classes)]
+        return tuple(tensor.format for tensor in member.meaning[member.options.index(option)].tensors)
+
 
 def step_base(program: Program, calibration: Calibration) -> float:
     """Seconds of the step besides the embedding phases: overheads, and the dense part when not overlapped."""
