@@ -127,7 +127,8 @@ def _rate(plan: Plan) -> float:
     """Samples, or tokens, a second; of a serving plan new tokens of prompts, all replicas at work."""
     serving = plan.decisions.serving
     if serving is not None:
-        return serving.request.new * serving.replicas / serving.chosen.ttft
+        seconds = serving.chosen.ttft
+        return serving.request.new * serving.replicas / seconds if seconds > 0 else 0.0
     count = plan.workload.llm.global_tokens if plan.workload.llm else plan.workload.global_batch
     return count / plan.timeline.step if plan.timeline.step else 0.0
 

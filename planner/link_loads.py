@@ -120,6 +120,8 @@ def link_loads(plan: Plan) -> tuple[LinkLoad, ...]:
     """What each level carries in a step (of a serving plan: in a prompt); empty where tables have replicas in groups."""
     counter = LinkCounter(plan.topology)
     if plan.decisions.parallelism is not None:
+        if plan.decisions.parallelism.layout.world != plan.world_size:
+            return ()  # not a sound plan; verify says so
         from planner.link_loads_llm import count_training
 
         count_training(plan, counter)
