@@ -130,9 +130,8 @@ def change(parent: Any, key: Any, whole: Any, dice: random.Random) -> None:
         case 1 | 2:
             parent[key] = copy.deepcopy(dice.choice(VALUES))
         case 3 if isinstance(value, (int, float)) and not isinstance(value, bool):
-            parent[key] = dice.choice(
-                (-value, value + 1, value - 1, value * 1000, 10**18, float(value), str(value))
-            )
+            real = float(value) if abs(value) < 1e300 else value  # an earlier change may have made it huge
+            parent[key] = dice.choice((-value, value + 1, value - 1, value * 1000, 10**18, real, str(value)))
         case 3 | 4 if isinstance(parent, list):
             parent.insert(dice.randrange(len(parent) + 1), copy.deepcopy(value))
         case 5:
