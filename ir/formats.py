@@ -214,7 +214,8 @@ def parse_format(text: str | Format) -> Format:
         raise InputError(f"a number format is named by text such as 'mx9', not {type(text).__name__}")
     base, *options = text.strip().split(":")
     if base not in FORMATS:
-        hint = did_you_mean(base, FORMATS)
+        family = [name for name in FORMATS if base and name.startswith(f"{base.lower()}_")]
+        hint = f" (one of {', '.join(family)}?)" if family else did_you_mean(base.lower(), FORMATS)
         raise InputError(f"number format {base!r} is not known{hint}; `planner formats` lists them")
     format = FORMATS[base]
     seen: set[str] = set()

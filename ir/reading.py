@@ -60,12 +60,17 @@ def dump_record(record: object) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     faults = []
     found = error.errors(include_url=False, include_input=False)
+    around = {fault["loc"][:depth] for fault in found for depth in range(1, len(fault["loc"]))}
+    # a list is also called too short where its items were refused
+    found = [fault for fault in found if fault["type"] != "too_short" or fault["loc"] not in around]
     for fault in found[:5]:
         path = clipped(".".join(str(part) for part in fault["loc"])) or "top level"
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             message = "unknown key; remove it or correct its spelling"
         elif fault["type"] == "missing":
             message = "missing; add it"
+        elif fault["type"] == "too_short":
+            message = f"too few items; list at least {fault['ctx']['min_length']}"
         else:
             message = clipped(fault["msg"].removeprefix("Value error, "))
         faults.append(f"{path}: {message}")

@@ -19,6 +19,7 @@ from cost_models.formats import bits_per_element
 from ir.errors import InfeasibleError, InputError
 from ir.format_plan import FormatPlan, FormatRequest, ParetoPoint, TensorFormat
 from ir.program import Program
+from ir.units import format_seconds
 from passes.assignment.joint import Joint
 from passes.assignment.master import Master
 from passes.dense_formats import DenseChoice
@@ -177,10 +178,7 @@ def _least_loss(program: Program, calibration: Calibration, request: FormatReque
 
     low, high = 0.0, most
     if refuted(high):
-        raise InfeasibleError(
-            f"no formats reach a step of {request.max_step:g} s within formats.max_loss; allow a longer step",
-            conflict=("formats.max_step", "formats.max_loss"),
-        )
+        raise _too_slow(request, "formats reach")
     for _ in range(BISECTIONS if refuted(0.0) else 0):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if refuted(middle) else (low, middle)
@@ -192,9 +190,17 @@ def _least_loss(program: Program, calibration: Calibration, request: FormatReque
         if joint.step <= request.max_step:
             spent = total_loss(problem, joint)
             return Resolved(chosen, spent, min(spent, low))
-    raise InfeasibleError(
-        f"no placed plan reaches a step of {request.max_step:g} s within formats.max_loss; allow a longer step",
-        conflict=("formats.max_step", "formats.max_loss"),
+    raise _too_slow(request, "placed plan reaches")
+
+
+def _too_slow(request: FormatRequest, what: str) -> InfeasibleError:
+    assert request.max_step is not None
+    bounded = request.max_loss is not None
+    within = " within formats.max_loss" if bounded else ""
+    limits = ("formats.max_step", "formats.max_loss") if bounded else ("formats.max_step",)
+    return InfeasibleError(
+        f"no {what} a step of {format_seconds(request.max_step)}{within}; allow a longer step",
+        conflict=limits,
     )
 
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from cost_models.formats import bits_per_element, qsnr_lower_bound, qsnr_normal, storage_bytes
 from ir.errors import InputError
 from ir.format_kernels import KERNELS, kernels
+from ir.format_plan import FormatRequest
 from ir.formats import ELEMENTS, FORMATS, OCP_FORMATS, Format, parse_format
+from ir.reading import parse_record
 from planner.formats_cli import formats
 
 
@@ -60,6 +62,8 @@ def test_formats_that_differ_in_any_field_have_different_ids() -> None:
     ("text", "message"),
     [
         ("mx8", "did you mean 'mx"),
+        ("MX9", "did you mean 'mx9'"),
+        ("mxfp8", "one of mxfp8_e4m3, mxfp8_e5m2"),
         ("", "not known"),
         ("mxfp8_e4m3:rcei", "did you mean 'rceil'"),
         ("mx9:rceil", "has no option 'rceil'"),
@@ -80,6 +84,13 @@ def test_formats_that_differ_in_any_field_have_different_ids() -> None:
 def test_bad_ids_say_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_format(text)
+
+
+def test_a_request_says_what_is_wrong_once() -> None:
+    with pytest.raises(InputError, match=r"did you mean 'mx9'\?\); `planner formats` lists them$"):
+        parse_record(FormatRequest, {"formats": {"table": ["mx7"]}}, "constraints")
+    with pytest.raises(InputError, match=r"table: too few items; list at least 1$"):
+        parse_record(FormatRequest, {"formats": {"table": []}}, "constraints")
 
 
 def test_a_format_is_named_by_text() -> None:

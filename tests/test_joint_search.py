@@ -37,7 +37,7 @@ def request(seed: int, **asked: object) -> FormatRequest:
         table.name: {f: LossChange(float(w) * ERROR[f]) for f in MENU}
         for table, w in zip(TABLES, weights, strict=True)
     }
-    rules = {"traffic.*": ("fp32",), **asked.pop("rules", {})}  # type: ignore[dict-item]
+    rules: dict[str, tuple[str, ...]] = {"traffic.*": ("fp32",), **asked.pop("rules", {})}  # type: ignore[dict-item]
     return FormatRequest(
         formats={"table": MENU}, rules=rules, kernels="emulate",
         sensitivity=Sensitivity(losses, "drawn", "loss"), **asked,  # type: ignore[arg-type]

@@ -445,5 +445,9 @@ def test_what_cannot_be_quantised_is_refused_in_one_sentence() -> None:
             call(torch.tensor(1.0), "mx9")
         with pytest.raises(InputError, match="not list"):
             call([1.0], "mx9")
+        with pytest.raises(InputError, match="whole number, not str"):
+            call(x, "mx9", axis="0")
+        with pytest.raises(InputError, match="to_dense"):
+            call(x.to_sparse(), "mx9")
     with pytest.raises(InputError, match="axis"):
         fake_quantize(torch.randn(4), "mx9:axis=1")

@@ -51,6 +51,12 @@ def check_tensor(x: Tensor, axis: int) -> int:
         raise InputError(f"only a torch tensor can be quantised, not {type(x).__name__}")
     if not x.is_floating_point():
         raise InputError(f"only a floating-point tensor can be quantised, not {x.dtype}; convert it first")
+    if x.layout != torch.strided:
+        raise InputError(
+            f"only a dense tensor can be quantised, not one with layout {x.layout}; call to_dense()"
+        )
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise InputError(f"an axis is a whole number, not {type(axis).__name__}")
     if x.dim() == 0:
         raise InputError("a tensor without axes cannot be quantised along one; reshape it to (1,)")
     if not -x.dim() <= axis < x.dim():
