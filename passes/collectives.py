@@ -157,6 +157,8 @@ def _reason(best: Priced, up: Priced | None, asked: str, offered: int) -> str:
         return f"{runs}; {text}"
     change = up.seconds / max(best.seconds, 1e-30) - 1
     word = "longer" if change >= 0 else "less"
+    if abs(change) < 0.005:
+        return f"{runs}; {text}; {up.algorithm} would take as long"
     return f"{runs}; {text}; {up.algorithm} would take {abs(change):.0%} {word}"
 
 

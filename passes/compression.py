@@ -41,6 +41,7 @@ from ir.errors import InputError, did_you_mean
 from ir.plan import TablePlan
 from ir.program import Program
 from ir.sharding import ROW_SPLIT
+from ir.units import format_seconds
 from passes.compression_choices import NONE, Choice, Traffic, choices_of, one_codec, traffic_of
 
 # TorchRec's quantised communication runs these as one kernel a direction
@@ -215,7 +216,7 @@ def _verdict(traffic: Traffic, choice: Choice, link: float) -> str:
             return "no sample of its vectors"
         return f"no codec within {traffic.budget:.2g} of error ends its exchange sooner"
     saved = link - choice.seconds(link)
-    return f"ends its exchange {saved:.3g} s sooner at {choice.ratio:.1f} times fewer bytes"
+    return f"ends its exchange {format_seconds(saved)} sooner at {choice.ratio:.1f} times fewer bytes"
 
 
 def _uncompressed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from ir.constraints import Constraints
 from ir.errors import InputError
+from ir.parallelism import SCHEDULES, ParallelismConstraints
 from ir.plan import Plan
 from ir.units import format_bytes, format_seconds
 from planner.render import grid
@@ -22,10 +24,27 @@ if TYPE_CHECKING:
 
 
 def compiled_for_run(model: str, topology: str, constraints: Constraints | None) -> Plan:
-    """The plan of a model by name for a machine."""
+    """The plan of a model by name for a machine: the best that can be run here.
+
+    The fastest modelled layout of a decoder may have a zero-bubble schedule that torch cannot run with the rest of it;
+    unless schedules were asked for, the fastest of the others is taken then.
+    """
+    from codegen.runtime.llm.limits import check_runs
     from planner import api
 
-    return api.compile(model, topology, constraints=constraints)
+    asked = constraints or Constraints()
+    plan = api.compile(model, topology, constraints=asked)
+    made, rules = plan.decisions.parallelism, asked.parallelism or ParallelismConstraints()
+    if made is None or rules.schedules is not None:
+        return plan
+    try:
+        check_runs(made)
+    except InputError:
+        whole = tuple(name for name in SCHEDULES if name != "zero_bubble")
+        return api.compile(
+            model, topology, constraints=replace(asked, parallelism=replace(rules, schedules=whole))
+        )
+    return plan
 
 
 def decoder_factory(plan: Plan, model: str | None) -> tuple[str, tuple[Any, ...], dict[str, Any]]:

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 import planner
 from codegen.llm import parallel_model, run_decoder
+from codegen.runtime.llm.limits import check_runs
 from ir.decoder import LlmWorkload
 from ir.errors import InputError
 from ir.llm import DecoderModel
@@ -20,6 +21,7 @@ from ir.parallelism import ParallelismConstraints as Rules
 from planner.cli import cli
 from planner.models import resolve
 from planner.plan import Plan
+from planner.run_llm import compiled_for_run
 from planner.zoo import build
 
 # six layers of width 48 and 4 heads: small enough that a run is mostly process start
@@ -77,6 +79,15 @@ def test_what_cannot_run_is_refused_before_processes_start(model: DecoderModel) 
     plan = compiled(model, 4, Rules(context=2, pipeline=2, schedules=("zero_bubble",)))
     with pytest.raises(InputError, match="splits the backward pass"):
         run_decoder(plan, "planner.zoo:build", ("llama-tiny",), {**SIZES, "device": "cpu"})
+    split = Rules(data=2, pipeline=2, zero=(3,), schedules=("zero_bubble",))
+    with pytest.raises(InputError, match=r"ZeRO-3\); compile with"):
+        run_decoder(
+            compiled(model, 4, split), "planner.zoo:build", ("llama-tiny",), {**SIZES, "device": "cpu"}
+        )
+    for rules in (Rules(context=2, pipeline=2), Rules(data=2, pipeline=2, zero=(3,))):
+        runs = compiled_for_run("llama-tiny", "local-4", planner.Constraints(parallelism=rules))
+        assert runs.decisions.parallelism is not None
+        check_runs(runs.decisions.parallelism)
     big = planner.compile("llama3-8b", "h100-1x8")
     with pytest.raises(InputError, match="computes in bf16"):
         run_decoder(big, "planner.zoo:build", ("llama3-8b",), {"device": "cpu"})

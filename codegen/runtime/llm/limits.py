@@ -14,8 +14,13 @@ def check_runs(made: Parallelism) -> None:
             f"tensor {layout.tensor} does not divide {made.model.kv_heads} key-value heads; copies of heads are "
             "planned but not run here: compile with a smaller constraints.parallelism.tensor"
         )
-    if layout.schedule == "zero_bubble" and (layout.recompute != "none" or layout.context > 1):
-        what = "recomputation" if layout.recompute != "none" else "ring attention"
+    obstacles = {
+        "recomputation": layout.recompute != "none",
+        "ring attention": layout.context > 1,
+        "weights that are gathered twice (ZeRO-3)": layout.zero == 3 and layout.data > 1,
+    }
+    what = next((name for name, there in obstacles.items() if there), "")
+    if layout.schedule == "zero_bubble" and what:
         raise InputError(
             f"a zero-bubble schedule splits the backward pass, which torch cannot do through {what}; compile with "
             "constraints.parallelism.schedules: [1f1b, interleaved_1f1b]"
