@@ -109,7 +109,7 @@ def predicted(name: str, plan: planner.Plan, calibration: Calibration, codec: Ma
     widest = max(tower.width_out for tower in towers)
     # (B / G) O x (T - 1) / T bytes leave a rank, and as many arrive where towers are alike
     size = work.global_batch / towers[0].ranks * widest * 4 * (len(towers) - 1) / len(towers)
-    coding = size * (1 / codec["encode"] + 1 / codec["decode"]) * calibration.core_sharing
+    coding = size * (1 / codec["encode"] + 1 / codec["decode"])
     for phase in ("peer", "peer_gradient"):
         phases[phase] = phases[phase] / codec["ratio"] + coding
     above = over_arch_model(model("meta"), sum(tower.vectors_out for tower in towers), towers[0].columns_out)
@@ -117,8 +117,8 @@ def predicted(name: str, plan: planner.Plan, calibration: Calibration, codec: Ma
     return tower_timeline(above, phases, topology, work, calibration, "train", reduction).step
 
 
-def codec_speed(columns: int) -> dict[str, float]:
-    """Ratio, and bytes/s one way and the other, on normal vectors of so many columns."""
+def codec_speed(columns: int, ranks: int) -> dict[str, float]:
+    """Ratio, and bytes/s one way and the other of so many ranks at once, on normal vectors of so many columns."""
     import torch
 
     from codegen.runtime.codecs import absolute_bound, encode
@@ -127,7 +127,7 @@ def codec_speed(columns: int) -> dict[str, float]:
     torch.set_num_threads(1)
     name, relative = CODEC
     vectors = torch.randn(BATCH * 8, columns, generator=torch.Generator().manual_seed(0))
-    (speed,) = measure_speeds([vectors], ("eb_entropy",), relative=relative)
+    (speed,) = measure_speeds([vectors], ("eb_entropy",), relative=relative, ranks=ranks)
     sent = len(encode(vectors, name, absolute_bound(vectors, relative)))
     return {"ratio": vectors.nbytes / sent, "encode": speed.encode, "decode": speed.decode}
 
@@ -153,7 +153,7 @@ def steps_at_speeds(report: Report, setting: Setting, shares: Sequence[float], q
     ``shares`` are of the flat step that the slow link is to take, the slowest link last.
     """
     decision = setting.decision()
-    codec = codec_speed(decision.towers[0].columns_out)
+    codec = codec_speed(decision.towers[0].columns_out, setting.hosts * setting.ranks)
     turns, steps = (2, 4) if quick else (3, 5)
     with Cluster(setting.hosts, setting.ranks, FAST) as cluster:
         flat = setting.plan(FLAT, setting.unmeasured(), None)

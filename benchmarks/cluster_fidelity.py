@@ -55,7 +55,7 @@ def measured_workload() -> Workload:
 
 
 def sampled_traffic() -> tuple[Any, Any]:
-    """Samples of the model's vectors and gradients, and the codecs' speeds on them, one rank alone."""
+    """Samples of the model's vectors and gradients, and the codecs' speeds on them, all ranks at once."""
     import torch
     from torch.nn import functional as F
 
@@ -72,16 +72,12 @@ def sampled_traffic() -> tuple[Any, Any]:
     samples = sample_traffic(module, batches, loss_of)
     with torch.no_grad():
         pooled = module.ebc(batches[0][1]).to_dict()
-    return samples, measure_speeds([vectors.contiguous() for vectors in pooled.values()])
+    return samples, measure_speeds([vectors.contiguous() for vectors in pooled.values()], ranks=HOSTS * RANKS)
 
 
-def constraints(traffic: tuple[Any, Any], sharing: float) -> dict[str, Constraints]:
-    """What forces each of the twelve plans; ``sharing``: ranks on a core, which slows the codecs."""
+def constraints(traffic: tuple[Any, Any]) -> dict[str, Constraints]:
+    """What forces each of the twelve plans."""
     samples, speeds = traffic
-    slower = tuple(
-        replace(s, encode=s.encode / sharing, decode=s.decode / sharing, message=s.message * sharing)
-        for s in speeds
-    )
 
     def forced(
         compression: CompressionRequest | None = None, **tables: Sequence[ShardingType]
@@ -92,7 +88,7 @@ def constraints(traffic: tuple[Any, Any], sharing: float) -> dict[str, Constrain
         }
         return Constraints(tables=rules, compression=compression, allow_state_split=True)
 
-    coded = CompressionRequest(samples=samples, speeds=slower, error_budget=3e-3, gradient_budget=3e-3)
+    coded = CompressionRequest(samples=samples, speeds=speeds, error_budget=3e-3, gradient_budget=3e-3)
     fixed = replace(coded, engine="torchrec")
     made = {
         kind: forced(every=[kind])
@@ -123,7 +119,7 @@ def compiled(
     module = model("meta")
     return {
         name: planner.compile(module, topology, work, constraints=wanted, calibration=calibration)
-        for name, wanted in constraints(traffic, calibration.core_sharing).items()
+        for name, wanted in constraints(traffic).items()
     }
 
 

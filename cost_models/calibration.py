@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
+from ir.compression import CodecSpeed
 from ir.reading import STRICT
 from ir.topology import Link, Topology
 
@@ -55,6 +56,8 @@ class Calibration:
             least seconds of those exchanges included.
         exchange_seconds: the same as ``step_seconds`` where vectors travel by the compressed exchange.
         exchange_table_seconds: the same for each table there.
+        codec_speeds: of this project's codecs, all ranks at once; empty where they were not measured.
+        library_codec_speeds: of TorchRec's; likewise.
         source: where the constants come from, for the assumptions of a plan.
     """
 
@@ -87,6 +90,8 @@ class Calibration:
     group_seconds: float = 0.0
     exchange_seconds: float = 0.0
     exchange_table_seconds: float = 0.0
+    codec_speeds: tuple[CodecSpeed, ...] = ()
+    library_codec_speeds: tuple[CodecSpeed, ...] = ()
 
     def link_bandwidth(self, link: Link) -> float:
         """Bytes/s that one device gets through ``link``."""
@@ -140,6 +145,13 @@ CPU = Calibration(
     bucket_bytes=25 * 2**20,  # PyTorch DistributedDataParallel's default bucket_cap_mb
     source="uncalibrated",
 )
+
+
+def constant_text(value: float | tuple[CodecSpeed, ...]) -> str:
+    """A constant for the assumptions of a plan; of codecs the slower way of each, MB/s."""
+    if isinstance(value, tuple):
+        return ", ".join(f"{speed.codec} {min(speed.encode, speed.decode) / 1e6:.0f} MB/s" for speed in value)
+    return f"{value:g}"
 
 
 def default_calibration(topology: Topology) -> Calibration:

@@ -184,25 +184,36 @@ _CPU_SPEEDS: dict[CodecName, tuple[float, float, float]] = {
 
 
 def default_speeds(topology: Topology, calibration: Calibration) -> tuple[CodecSpeed, ...]:
-    """Speeds for the device kind: measured ones on CPUs; casts at memory bandwidth on GPUs.
+    """Speeds for the device kind: those of the calibration; else on CPUs those of one core, which ranks
+    share as they share it for the rest; casts at memory bandwidth on GPUs.
 
     Error-bounded codecs have no GPU kernels here, so they have no default speed there.
     """
+    if calibration.codec_speeds:
+        return calibration.codec_speeds
     if topology.device.kind == "cpu":
         source = "benchmarks/codecs.py, one x86-64 core"
-        return tuple(CodecSpeed(name, 1e6 * e, 1e6 * d, m, source) for name, (e, d, m) in _CPU_SPEEDS.items())
+        shared = calibration.core_sharing
+        return tuple(
+            CodecSpeed(name, 1e6 * e / shared, 1e6 * d / shared, m * shared, source)
+            for name, (e, d, m) in _CPU_SPEEDS.items()
+        )
     return library_speeds(topology, calibration)
 
 
 def library_speeds(topology: Topology, calibration: Calibration) -> tuple[CodecSpeed, ...]:
-    """Speeds of fixed-rate codecs that run as single kernels: casts and scales at memory bandwidth.
+    """Speeds of fixed-rate codecs that run as single kernels: measured, else casts and scales at memory bandwidth.
 
     So run FBGEMM's of TorchRec's quantised communication, on CPUs too (``benchmarks/codecs.py``), mx4 excepted there.
     """
     stream = calibration.stream_efficiency * topology.device.tiers[0].read_bandwidth
     source = "modelled: one pass at the memory bandwidth of element-wise kernels"
-    found = []
-    for name in ("fp16", "bf16", "fp8", "int8", "mx4"):
+    found = list(calibration.library_codec_speeds)
+    measured = {speed.codec for speed in found}
+    names: tuple[CodecName, ...] = ("fp16", "bf16", "fp8", "int8", "mx4")
+    for name in names:
+        if name in measured:
+            continue
         # bytes read and written for each byte of float32; a scale needs the row to be read once more
         moved = 1 + fixed_row_bytes(name, 32) / 128 + (0 if name in ("fp16", "bf16") else 1)
         seconds = calibration.kernel_seconds * 2  # one kernel on each side

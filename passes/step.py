@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-from cost_models.calibration import Calibration, default_calibration
+from cost_models.calibration import Calibration, constant_text, default_calibration
 from cost_models.collective.planning import communication, dense_reduction
 from cost_models.collectives import network
 from cost_models.dense_prices import sharded_dense
@@ -104,7 +104,7 @@ def assumptions(program: Program, calibration: Calibration) -> tuple[Assumption,
     """What the modelled seconds rest on: the calibration, the links and the workload's origin."""
     topology, workload = program.topology, program.workload
     listed = [
-        Assumption(name.name, f"{getattr(calibration, name.name):g}", calibration.source)
+        Assumption(name.name, constant_text(getattr(calibration, name.name)), calibration.source)
         for name in fields(calibration)
         if name.name != "source" and getattr(calibration, name.name) != name.default
     ]

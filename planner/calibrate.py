@@ -24,6 +24,7 @@ import numpy as np
 
 from cost_models.calibration import CPU, Calibration
 from cost_models.embedding import unit_seconds
+from ir.compression import CodecSpeed
 from ir.errors import InputError
 from ir.ops import EmbeddingTable
 from ir.plan import write_atomically
@@ -45,6 +46,7 @@ STAGES = (
     "links",
     "collectives",
     "core_sharing",
+    "codecs",
     "framework",
 )
 _DIGITS = 4  # significant digits written; repetitions differ in the second or third
@@ -256,6 +258,12 @@ def calibration_of(record: Record, topology: Topology) -> Calibration:
     }
     constants: dict[str, Any] = {name: _round(value) for name, value in reached.items()}
     found = replace(CPU, **constants, source=f"measured by planner calibrate on {topology.name}")
+    coded = record.get("codecs", {})
+    found = replace(
+        found,
+        codec_speeds=tuple(CodecSpeed(**row) for row in coded.get("own", ())),
+        library_codec_speeds=tuple(CodecSpeed(**row) for row in coded.get("library", ())),
+    )
     found = replace(found, row_efficiency=_round(_row_efficiency(record, topology, found)))
     return replace(found, **host_constants(record, topology, found))
 

@@ -17,6 +17,7 @@ import planner
 from benchmarks.cluster import Cluster, ClusterUnavailable, check_machine
 from cost_models.calibration import CPU
 from cost_models.embedding import unit_seconds
+from ir.compression import CODECS, CodecSpeed
 from ir.errors import InputError
 from ir.ops import EmbeddingTable
 from ir.sharding import ShardingOption, units
@@ -121,6 +122,10 @@ def record() -> dict[str, Any]:
             exchange("inter", 4, 1000, 1e-3),
             exchange("inter", 4, 4 * 10**6, 251e-3),
         ],
+        "codecs": {
+            "own": [{"codec": "eb_lz", "encode": 2e8, "decode": 3e8, "message": 1e-4, "source": "here"}],
+            "library": [{"codec": "fp16", "encode": 4e8, "decode": 5e8, "message": 1e-5, "source": "here"}],
+        },
     }
 
 
@@ -154,6 +159,8 @@ def test_constants_by_hand() -> None:
     seconds = unit_seconds(table, option, unit, alone, work, found, "train")
     assert seconds["lookup_forward"] + seconds["lookup_backward"] == pytest.approx(4e-3, rel=1e-3)
     assert found.bucket_bytes == CPU.bucket_bytes
+    assert found.codec_speeds == (CodecSpeed("eb_lz", 2e8, 3e8, 1e-4, "here"),)
+    assert found.library_codec_speeds == (CodecSpeed("fp16", 4e8, 5e8, 1e-5, "here"),)
 
 
 def test_files_read_back(tmp_path: Path) -> None:
@@ -205,6 +212,10 @@ def test_this_machine_with_two_ranks(tmp_path: Path) -> None:
     # rows of 128 columns are eight times the bytes of rows of 16
     gathers = {row["dim"]: row["gather_seconds"] for row in measured["lookup"]}
     assert gathers[128] > gathers[16]
+    own = {row["codec"]: row for row in measured["codecs"]["own"]}
+    assert set(own) == set(CODECS)
+    assert own["eb_lz"]["source"].startswith("measured, 2 ranks at once")
+    assert {row["codec"] for row in measured["codecs"]["library"]} == {"fp16", "int8"}
 
 
 def test_the_cluster_has_the_speed_it_was_set_to(tmp_path: Path) -> None:

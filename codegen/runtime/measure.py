@@ -15,6 +15,8 @@ collectives    all-to-all (the library's, and "posted", the project's own), all-
                bytes of the whole buffer, in each host at once (intra) and over all ranks (inter); one_way: the largest
                all-to-all with only the first half of the hosts sending
 core_sharing   seconds of a product with all ranks at work over those of one rank alone
+codecs         speeds of this project's and of TorchRec's codecs, on normal vectors that repeat as ids do: bytes/s
+               (:mod:`codegen.runtime.codecs.speeds`)
 framework      steps of TorchRec, and under the compressed exchange, with hardly a byte in them
                (:mod:`codegen.runtime.measure_host`)
 =============  ==================================================================================================
@@ -29,9 +31,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from codegen.runtime.codecs.speeds import LIBRARY, at_once
 from codegen.runtime.launch import Rank
 from codegen.runtime.measure_host import core_sharing, framework
 from codegen.runtime.posted import all_to_all
@@ -44,6 +48,11 @@ _GEMMS = ((256, 256, 256), (512, 512, 512), (1024, 512, 256), (1024, 1024, 1024)
 _LOOKUP_DIMS = (16, 64, 128)  # widths of published recommenders
 _LOOKUP_IDS = 16384
 _LOOKUP_POOLING = 8  # ids a bag
+_CODED_ROWS, _CODED_DIM = 512, 64  # vectors of a message: what a rank of a small batch asks of one table
+_CODED_IDS, _CODED_ZIPF = (
+    4096,
+    1.1,
+)  # rows of the table, and exponent of its ids as in Criteo's larger features
 _LINK_BYTES = tuple(4**power for power in range(12))  # 1 B to 4 MiB
 _FLOOD_SECONDS = 0.4  # aimed length of one flood repetition; long beside a link's burst and a scheduler tick
 _FLOOD_BYTES = (
@@ -78,6 +87,7 @@ def measure(rank: Rank, repeats: int = 5) -> Record:
         ("links", _links),
         ("collectives", _collectives),
         ("core_sharing", core_sharing),
+        ("codecs", _codecs),
         ("framework", framework),
     )
     for name, stage in stages:
@@ -229,6 +239,19 @@ def _plain_kernel(rows: int, dim: int) -> tuple[tuple[str, str], Forward, Backwa
             optimizer.step()
 
     return ("EmbeddingBag", "sgd"), lambda ids, offsets: bag(ids, offsets), backward
+
+
+def _codecs(rank: Rank, repeats: int) -> Record:
+    """Vectors of ids drawn by Zipf's law, other ones on each rank."""
+    draw = np.random.default_rng(rank.rank)
+    vectors = draw.standard_normal((_CODED_IDS, _CODED_DIM), dtype=np.float32)
+    often = np.arange(1, _CODED_IDS + 1) ** -_CODED_ZIPF
+    ids = draw.choice(_CODED_IDS, _CODED_ROWS, p=often / often.sum())
+    message = [torch.from_numpy(vectors[ids])]
+    return {
+        "own": at_once(message, repeats=repeats),
+        "library": at_once(message, LIBRARY, repeats=repeats, library=True),
+    }
 
 
 def _links(rank: Rank, repeats: int) -> Record:

@@ -6,8 +6,10 @@ their gradients; :func:`sample_messages` samples matrices; :func:`measure_speeds
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from codegen.runtime.codecs import portable
 from codegen.runtime.codecs.frame import absolute_bound, decode, encode
+from codegen.runtime.launch import launch
 from ir.compression import (
     CODECS,
     BoundSample,
@@ -208,14 +211,31 @@ def measure_speeds(
     *,
     relative: float = 0.1,
     repeats: int = 3,
+    ranks: int = 1,
 ) -> tuple[CodecSpeed, ...]:
-    """Encode and decode speed of codecs on this machine, bytes a processor second, on ``messages``.
+    """Encode and decode speed of codecs on this machine, bytes/s, on ``messages`` of the sizes that are exchanged.
+
+    Args:
+        messages: (rows, dim) each.
+        codecs: to be timed.
+        relative: bound of the error-bounded codecs, relative to a message's root mean square.
+        repeats: the best of them for one rank, their median for several.
+        ranks: that share this machine. Several are started and code at once, on messages that are in no cache:
+            seconds on the clock, what an exchange pays (:mod:`codegen.runtime.codecs.speeds`). One rank is timed
+            here, in processor seconds on messages that may be in a cache: the best that a codec does.
 
     What a message costs beyond its bytes is the time of a single vector.
+
+    Raises:
+        InputError: no message that is not empty, or no rank.
     """
     kept = [m.detach().float().contiguous() for m in messages if m.numel()]
     if not kept:
         raise InputError("no messages to time codecs on; pass at least one that is not empty")
+    if ranks < 1:
+        raise InputError(f"codecs are timed on one rank or more, not on {ranks}")
+    if ranks > 1:
+        return _at_once(kept, codecs, relative, repeats, ranks)
     small, size = [kept[0][:1].contiguous()], sum(m.nbytes for m in kept)
     found = []
     for codec in codecs:
@@ -226,10 +246,29 @@ def measure_speeds(
         ]
         found.append(
             CodecSpeed(
-                codec, _digits(size / rest[0]), _digits(size / rest[1]), _digits(sum(fixed) / 16), "measured"
+                codec,
+                _digits(size / rest[0]),
+                _digits(size / rest[1]),
+                _digits(sum(fixed) / 16),
+                "measured, one rank, processor seconds",
             )
         )
     return tuple(found)
+
+
+def _at_once(
+    messages: Messages, codecs: Sequence[CodecName], relative: float, repeats: int, ranks: int
+) -> tuple[CodecSpeed, ...]:
+    """The speeds that so many ranks agree on."""
+    with tempfile.TemporaryDirectory(prefix="planner-codecs-") as folder:
+        file = str(Path(folder) / "messages.npz")
+        np.savez(file, *(m.numpy() for m in messages))
+        rows = launch(
+            "codegen.runtime.codecs.speeds:saved_at_once",
+            ranks,
+            {"file": file, "codecs": list(codecs), "relative": relative, "repeats": repeats},
+        )[0]
+    return tuple(CodecSpeed(**row) for row in rows)
 
 
 def _seconds(messages: Messages, codec: CodecName, relative: float, repeats: int) -> tuple[float, float]:
