@@ -15,8 +15,15 @@ from passes.assignment.polish import Polisher
 from passes.assignment.problem import Problem, Solution, evaluate
 from passes.assignment.progress import tell
 from passes.assignment.relaxation import average_bound
-from passes.assignment.starts import relaxed_choices, roomy_choices, threshold_choice, uniform_choices
-from passes.assignment.target_search import Incumbent, TargetSearch
+from passes.assignment.shelves import alike, shelf_choice
+from passes.assignment.starts import (
+    relaxed_choices,
+    roomy_choices,
+    swept_choices,
+    threshold_choice,
+    uniform_choices,
+)
+from passes.assignment.target_search import SHORT_WALKS, Incumbent, TargetSearch
 from passes.assignment.warm import Start, incumbent_of
 
 Effort = Literal["quick", "normal", "thorough"]
@@ -31,7 +38,9 @@ MOST_WORK = 12.0  # seconds that a normal effort spends at most with several pha
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
 FAR = 0.15  # relative gap above which a quick search goes on as a normal one
-FAR_FEW, FEW = 0.05, 40  # the same with few tables, where that takes half a second
+FAR_FEW, HANDFUL = 0.05, 10  # the same with few tables, but more than a handful, which it seldom helps
+FEW = 40  # tables up to which a quick search settles in a few hundred packings, from more starts
+FEW_PACKINGS = 150  # of them for each table, at most: there is little to choose
 AVERAGES = "average load and largest piece"
 OPTIMAL = 1e-6  # relative gap below which a solution is called optimal
 
@@ -72,7 +81,7 @@ def solve(
         budget = Budget(min(time_limit, _allowance(compiled, allowed)) * first)
         found = _search(compiled, bound, relaxed.price, budget, seed, stop_gap, warm)
         best, work = min(found, best, key=lambda known: known.value), work + budget.work
-        if best.value <= bound * (1 + (FAR_FEW if compiled.tables <= FEW else FAR)):
+        if best.value <= bound * (1 + (FAR_FEW if HANDFUL < compiled.tables <= FEW else FAR)):
             break  # else a quick search that ends far from the bound has most likely missed something
     if not best.choice:
         raise infeasible.give_up(compiled)
@@ -113,12 +122,24 @@ def _search(
     if thresholds is not None:
         starts.insert(0, thresholds)
     search.budget = budget.slice(PACKING_SHARE if several else 1.0 - POLISH_SHARE)
-    search.walks(search.start(starts), stop_gap)
+    search.walks(_ordered(search, starts), stop_gap)
     budget.spend(search.budget.work)
     best = min(search.best, replace(known), key=lambda found: found.value)
     if best.choice and not budget.spent() and best.value > bound * (1 + max(stop_gap, OPTIMAL)):
         Polisher(compiled, bound, budget, seed).run(best, stop_gap)
     return best
+
+
+def _ordered(search: TargetSearch, starts: list[list[int]]) -> list[Sequence[int]]:
+    """The starts to walk from; few tables in one phase have more, and one walk more that keeps them apart."""
+    compiled = search.compiled
+    if len(compiled.problem.phases) > 1 or compiled.tables > FEW:
+        return search.start(starts)[:SHORT_WALKS]
+    more = [choice for choice in swept_choices(compiled, search.bound) if choice not in starts]
+    more.append(shelf_choice(compiled, starts[0], alike(compiled)))
+    if compiled.tables <= HANDFUL:
+        return search.start(starts + more)[:SHORT_WALKS]
+    return [*search.start(starts)[:SHORT_WALKS], search.start(more)[0]]
 
 
 def _tighten(compiled: Compiled, bound: float, value: float, effort: Effort) -> tuple[float, str]:
@@ -145,8 +166,8 @@ def _allowance(compiled: Compiled, effort: Effort) -> float:
     if effort == "normal":
         return min(packing * 4000, MOST_WORK) if len(compiled.problem.phases) > 1 else packing * 4000
     # a few dozen tables settle in a few hundred packings, a hundred and more do not
-    few = min(max(20 * compiled.problem.ranks, 320), 1500)
-    return packing * (few if compiled.tables <= 40 else 4000)
+    few = min(max(20 * compiled.problem.ranks, 320), 1500, FEW_PACKINGS * compiled.tables)
+    return packing * (few if compiled.tables <= FEW else 4000)
 
 
 def _objective(compiled: Compiled) -> Callable[[Sequence[int], list[list[int]]], float] | None:

@@ -13,6 +13,8 @@ from passes.assignment.relaxation import piece_floor, relax
 
 # Pieces up to these multiples of the bound: small ones pack better, large ones cost less.
 LIMITS = (1.0, 1.05, 1.15, 1.4, 0.7, 0.5, 0.35, 0.2, 0.1)
+SWEPT = (0.1, 1.1)  # multiples of the bound between which the sizes of pieces are swept
+SWEEPS = 20  # sizes at most
 ROOM = (0.0, 0.002, 0.01)  # excess over the bound at which a piece may stand beside the fixed load
 COMMON = 0.9  # an option label that this share of the tables has makes a uniform plan
 
@@ -24,6 +26,21 @@ def relaxed_choices(compiled: Compiled, bound: float) -> list[list[int]]:
     least = np.minimum.reduceat(np.where(compiled.usable, floor, np.inf), compiled.start[:-1])
     for limit in LIMITS:
         allowed = compiled.usable & (floor <= np.maximum(limit * bound, least)[compiled.table] * (1 + 1e-9))
+        choice = list(map(int, relax(compiled, allowed).choice - compiled.start[:-1]))
+        if choice not in made:
+            made.append(choice)
+    return made
+
+
+def swept_choices(compiled: Compiled, bound: float) -> list[list[int]]:
+    """Least-average choices without pieces above a size, for the sizes that there are around the bound."""
+    size = compiled.total_biggest
+    near = compiled.usable & (size >= SWEPT[0] * bound) & (size <= SWEPT[1] * bound)
+    sizes = np.unique(size[near])
+    least = np.minimum.reduceat(np.where(compiled.usable, size, np.inf), compiled.start[:-1])
+    made: list[list[int]] = []
+    for limit in sizes[np.unique(np.linspace(0, len(sizes) - 1, SWEEPS).astype(int))] if len(sizes) else []:
+        allowed = compiled.usable & (size <= np.maximum(limit, least)[compiled.table] * (1 + 1e-12))
         choice = list(map(int, relax(compiled, allowed).choice - compiled.start[:-1]))
         if choice not in made:
             made.append(choice)

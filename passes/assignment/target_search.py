@@ -177,14 +177,14 @@ class TargetSearch:
         return self.packing_work * WORTHWHILE * max(0, self.compiled.tables - FEW) <= left
 
     def walks(self, starts: Sequence[Sequence[int]], stop: float) -> None:
-        """Short walks from the best starts, then a long one from the best solution.
+        """Short walks from the starts, then a long one from the best solution.
 
         None at all where the work left pays for too few packings for a walk to get anywhere.
         """
         whole = self.budget
         if not self._worth_walking():
             return
-        for choice in starts[:SHORT_WALKS]:
+        for choice in starts:
             self.budget = whole.slice(SHORT_SHARE)
             self.walk(choice, stop)
             whole.spend(self.budget.work)
