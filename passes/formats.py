@@ -1,4 +1,4 @@
-"""Number formats: requests other than "least step" turned into pins, and the section of the plan.
+"""Number formats: requests other than "least step" turned into pins, and the sweep of budgets.
 
 * ``memory`` and ``loss`` (the reverse) are a multiple-choice knapsack over all tensors
   (:mod:`passes.format_knapsack`); its choice is pinned and sharding then minimises the step.
@@ -9,36 +9,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from cost_models.calibration import Calibration
-from cost_models.embedding import state_bytes, stored_bytes
-from cost_models.formats import bits_per_element
 from ir.errors import InfeasibleError, InputError
-from ir.format_plan import FormatPlan, FormatRequest, ParetoPoint, TensorFormat
+from ir.format_plan import FormatRequest, ParetoPoint
 from ir.program import Program
 from ir.units import format_seconds
-from passes.assignment.joint import Joint
-from passes.assignment.master import Master
-from passes.dense_formats import DenseChoice
-from passes.format_knapsack import KnapsackOption, solve_knapsack
-from passes.format_menu import grouped, has_kernel
+from passes.format_knapsack import Knapsack, KnapsackOption, solve_knapsack
+from passes.format_menu import grouped
+from passes.format_section import Resolved, format_section, total_loss, trade
 from passes.joint import JointProblem, best_traffic, relax_all, state_problem
 
 BISECTIONS = 12  # steps on the accuracy budget that a step limit needs
 SLACKS = (1.0, 1.02, 1.1, 1.3, 2.0, 4.0)  # of that budget, until a placed plan keeps the step limit
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A request whose objective is the step, and what was proved about the objective that was asked."""
-
-    request: FormatRequest
-    value: float | None = None  # of the objective asked, when it is not the step
-    bound: float | None = None
-    price: float = 0.0
 
 
 def resolve(program: Program, calibration: Calibration) -> Resolved:
@@ -87,7 +72,16 @@ def _knapsack(program: Program, calibration: Calibration, request: FormatRequest
         [KnapsackOption(sums[target], tuple(sums[name] for name, _ in budgets)) for sums in member]
         for member in members
     ]
-    found = solve_knapsack(options, [limit for _, limit in budgets])
+    try:
+        found = solve_knapsack(options, [limit for _, limit in budgets])
+    except InfeasibleError:
+        words = {"loss": "max_loss", "bits": "average_bits", "bytes": "max_bytes"}
+        given = tuple(f"formats.{words[name]}" for name, _ in budgets)
+        raise InfeasibleError(
+            f"no choice of formats keeps {' and '.join(given)}; raise a budget or allow other formats",
+            conflict=given,
+            relaxation="a larger budget",
+        ) from None
     rules = dict(request.rules)
     for pinned, choice in zip(pins, found.choice, strict=True):
         rules.update(pinned[choice])
@@ -95,7 +89,37 @@ def _knapsack(program: Program, calibration: Calibration, request: FormatRequest
         request, objective="step", max_loss=None, average_bits=None, max_bytes=None, rules=rules, groups=()
     )
     price = next((p for (name, _), p in zip(budgets, found.prices, strict=True) if name == "loss"), 0.0)
-    return Resolved(pinned_request, found.value, found.bound, price)
+    return Resolved(
+        pinned_request, found.value, found.bound, price, _following(members, pins, options, found)
+    )
+
+
+def _following(
+    members: Sequence[Sequence[Sums]],
+    pins: Sequence[Sequence[Pins]],
+    options: Sequence[Sequence[KnapsackOption]],
+    found: Knapsack,
+) -> dict[str, dict[str, str]]:
+    """Of each tensor the format that it would take next at the prices of the budgets, and what that trades."""
+    made: dict[str, dict[str, str]] = {}
+    for sums, names, priced, at in zip(members, pins, options, found.choice, strict=True):
+        reduced = [
+            o.objective + sum(p * c for p, c in zip(found.prices, o.cost, strict=True)) for o in priced
+        ]
+        others = [i for i in range(len(priced)) if i != at]
+        if not others:
+            continue
+        other = min(others, key=lambda i: (reduced[i], i))
+        changed = {name: f[0] for name, f in names[other].items() if f != names[at][name]}
+        words = trade(
+            " x ".join(dict.fromkeys(changed.values())),
+            sums[other]["loss"] - sums[at]["loss"],
+            sums[other]["bytes"] - sums[at]["bytes"],
+        )
+        for name in names[at]:
+            next_one = changed.get(name, "")
+            made[name] = {"runner_up": next_one, "reason": words if next_one else ""}
+    return made
 
 
 def _elements(program: Program) -> float:
@@ -255,155 +279,6 @@ def _agree(program: Program, calibration: Calibration, request: FormatRequest) -
                 conflict=(f"formats.groups[{group}]",),
             )
     return request
-
-
-def total_loss(problem: JointProblem, joint: Joint) -> float:
-    """Predicted loss increase of a joint solution, traffic included."""
-    return sum(tensor.loss for tensor in tensor_formats(problem, joint))
-
-
-def dense_choice(problem: JointProblem, joint: Joint, member: int) -> DenseChoice:
-    """What a dense member's chosen option means."""
-    t = len(problem.program.model.tables) + member
-    option = joint.problem.options[t][joint.solution.choice[t]]
-    return problem.members[member].meaning[problem.members[member].options.index(option)]
-
-
-def tensor_formats(problem: JointProblem, joint: Joint) -> tuple[TensorFormat, ...]:
-    """Every tensor's format, tables first."""
-    program = problem.program
-    menu = problem.maker.formats
-    assert menu is not None
-    made: list[TensorFormat] = []
-    for t, table in enumerate(program.model.tables):
-        chosen = problem.meaning(joint, t)
-        loss = menu.loss(table.name, chosen.format, 1.0) if chosen.format != table.dtype else None
-        made.append(
-            TensorFormat(
-                table.name,
-                "table",
-                chosen.format,
-                table.params,
-                bits_per_element(chosen.format, table.dim),
-                loss.mean if loss else 0.0,
-                loss.stderr if loss else 0.0,
-                not has_kernel(chosen.format, "embedding", program.topology.device),
-                **_next(problem, joint, t),
-            )
-        )
-        if chosen.state != "fp32":
-            state = menu.loss(f"{table.name}.state", chosen.state, 1.0)
-            bits = bits_per_element(chosen.state, table.dim)
-            made.append(
-                TensorFormat(
-                    f"{table.name}.state", "state", chosen.state, table.params, bits, state.mean, state.stderr
-                )
-            )
-    for i, _ in enumerate(problem.members):
-        for tensor in dense_choice(problem, joint, i).tensors:
-            made.append(
-                TensorFormat(
-                    tensor.name,
-                    tensor.kind,
-                    tensor.format,
-                    tensor.elements,
-                    tensor.bits,
-                    tensor.loss.mean,
-                    tensor.loss.stderr,
-                    tensor.emulated,
-                )
-            )
-    return (*made, *_traffic(problem))
-
-
-def _traffic(problem: JointProblem) -> list[TensorFormat]:
-    program = problem.program
-    if not program.model.tables:
-        return []
-    wire = program.workload.exchange_dtype
-    columns = sum(table.dim * len(table.features) for table in program.model.tables)
-    names = ["traffic.forward"] + (["traffic.backward"] if program.options.mode == "train" else [])
-    each = problem.traffic.mean / 2, problem.traffic.stderr / math.sqrt(2)
-    return [
-        TensorFormat(
-            name, "traffic", wire, columns * program.workload.global_batch, bits_per_element(wire), *each
-        )
-        for name in names
-        if wire in ("fp32", "bf16", "fp16")
-    ]
-
-
-def _next(problem: JointProblem, joint: Joint, t: int) -> dict[str, str]:
-    """The runner-up format of a table, at the prices of the relaxation, and why the chosen one was taken."""
-    relaxed = joint.relaxed
-    made = next(c for c in problem.classes if t in c.members)
-    owner = problem.classes.index(made)
-    chosen = problem.meaning(joint, t).format
-    best: dict[str, float] = {}
-    for k, (c, o) in enumerate(relaxed.index):
-        if c == owner:
-            format = made.meaning[made.menu.options[o]].format
-            price = Master.reduced(relaxed.columns[k], relaxed.duals)
-            best[format] = min(best.get(format, math.inf), price)
-    others = sorted((price, f) for f, price in best.items() if f != chosen)
-    if not others:
-        return {"runner_up": "", "reason": "the only format allowed"}
-    price, other = others[0]
-    delta = price - best.get(chosen, 0.0)
-    if delta > 1e-9 * joint.step:
-        why = (
-            f"{other} would cost {delta * 1e6:.3g} us of the step more, at the prices of memory and accuracy"
-        )
-    else:
-        why = f"{other} would cost the same, at the prices of memory and accuracy"
-    return {"runner_up": other, "reason": why}
-
-
-def format_section(
-    problem: JointProblem, joint: Joint, bound: float, resolved: Resolved, pareto: tuple[ParetoPoint, ...]
-) -> FormatPlan:
-    """The section ``decisions.formats``."""
-    program = problem.program
-    asked = program.options.constraints.formats
-    menu = problem.maker.formats
-    assert asked is not None
-    assert menu is not None
-    tensors = tensor_formats(problem, joint)
-    stored = [t for t in tensors if t.kind in ("table", "weight")]
-    elements = sum(t.elements for t in stored)
-    size = sum(t.elements * t.bits / 8 for t in tensors if t.kind == "weight")
-    for t, table in enumerate(program.model.tables):
-        chosen = problem.meaning(joint, t)
-        size += table.rows * _row_bytes(program, table.dim, chosen.format, chosen.state)
-    step = asked.objective == "step"
-    given = asked.sensitivity
-    price = 0.0
-    if "loss" in problem.budgets:
-        at = problem.budgets.index("loss")
-        price = float(joint.relaxed.duals.cost[at]) / problem.scale[at]
-    return FormatPlan(
-        objective_name=asked.objective,
-        objective=joint.step if step or resolved.value is None else resolved.value,
-        lower_bound=bound if step or resolved.bound is None else resolved.bound,
-        loss=sum(t.loss for t in tensors),
-        stderr=math.sqrt(sum(t.stderr**2 for t in tensors)),
-        average_bits=sum(t.elements * t.bits for t in stored) / elements if elements else 32.0,
-        bytes=size,
-        cast_seconds=sum(dense_choice(problem, joint, i).price.cast for i in range(len(problem.members))),
-        sensitivity=f"{given.method}, {given.metric}"
-        if given
-        else "data-free: 10^(-QSNR/10) on a standard normal",
-        tensors=tensors,
-        loss_price=price if step else resolved.price,
-        pareto=pareto,
-    )
-
-
-def _row_bytes(program: Program, dim: int, format: str, state: str) -> float:
-    kept = stored_bytes(format, dim)
-    return kept + (
-        state_bytes(program.workload.optimizer, dim, state) if program.options.mode == "train" else 0.0
-    )
 
 
 def sweep(program: Program, calibration: Calibration, request: FormatRequest) -> tuple[ParetoPoint, ...]:

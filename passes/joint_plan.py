@@ -9,7 +9,8 @@ from ir.plan import Certificate, TablePlan
 from ir.program import Program
 from ir.tier_plan import TableTiers
 from passes.assignment.joint import Joint
-from passes.formats import Resolved, format_section, resolve, sweep
+from passes.format_section import Resolved, format_section
+from passes.formats import resolve, sweep
 from passes.joint import JointProblem
 from passes.reasons import explain_tables
 from passes.sharding_plans import table_plan
