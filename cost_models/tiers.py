@@ -39,7 +39,7 @@ FloatArray = npt.NDArray[np.float64]
 
 TIER_EFFICIENCY = 0.8  # of the peak: 75 to 85 % is what DDR4 and DDR5 servers are reported to reach
 SECONDS_A_DAY = 86400.0
-UNIFORM_GROUPS = 16  # split points offered for a table whose popularity is unknown
+UNIFORM_GROUPS = 64  # split points offered for a table whose popularity is unknown
 
 # Bytes/s that a copy between host and device reaches: thresholds of Azure's node health checks, PCIe 4 and 5
 PCIE4_COPY = 21e9

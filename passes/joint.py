@@ -38,6 +38,7 @@ from passes.dense_formats import DenseFormats, DenseMember
 from passes.format_menu import FormatMenu
 from passes.joint_menus import Chosen, MenuMaker, TableClass
 from passes.sharding_prices import memory_limit
+from passes.tier_mixtures import with_mixtures
 from passes.tier_options import Resource, TierModel
 
 _FREE = LossChange(0.0)
@@ -68,7 +69,10 @@ class JointProblem:
 
     def relax(self) -> Relaxation:
         """The master program's optimum."""
-        return relax(self.frame, self.menus, self.price if self.maker.tiers else None)
+        if self.maker.tiers is None:
+            return relax(self.frame, self.menus)
+        relaxed = relax(self.frame, self.menus, self.price)
+        return with_mixtures(self.frame, self.classes, self.maker, relaxed)
 
     def meaning(self, joint: Joint, t: int, position: int | None = None) -> Chosen:
         """What table ``t``'s chosen option (or the one at ``position`` of its list) stands for."""

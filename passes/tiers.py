@@ -187,7 +187,8 @@ def _cheapest(program: Program, calibration: Calibration, request: TierRequest) 
             refused = error
             continue
         trials += [
-            replace(t, why=f"{'+'.join(kept) or 'no host tier'} {t.why}".strip()) for t in found.trials
+            replace(t, why=f"with {'+'.join(kept) or 'no host tier'}{': ' * bool(t.why)}{t.why}")
+            for t in found.trials
         ]
         bounds.append(price * (found.objective_bound or 1.0))
         total = price * found.program.topology.hosts

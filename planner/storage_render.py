@@ -105,7 +105,9 @@ def render_tiers(plan: Plan) -> RenderableType:
         ]
     for trial in section.trials:
         step = "" if trial.step is None else f", step {format_seconds(trial.step)}"
-        parts.append(Text(f"{trial.hosts} hosts: {trial.verdict}{step} {trial.why}".rstrip()))
+        parts.append(
+            Text(f"{trial.hosts} host{'s' * (trial.hosts != 1)}: {trial.verdict}{step} {trial.why}".rstrip())
+        )
     return Group(*parts)
 
 

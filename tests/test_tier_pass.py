@@ -78,6 +78,22 @@ def test_hot_rows_stay_and_memory_is_what_the_ranges_say() -> None:
     assert plan.certificate.lower_bound <= plan.certificate.objective
 
 
+def test_rows_of_unknown_popularity_fill_what_the_device_has_left() -> None:
+    """One table of 225 GB, every row as likely as another: the link is busy for the rows that do not fit."""
+    made, workload = model(220_000_000, tables=1)
+    workload = replace(workload, features={"f0": FeatureStats(pooling_factor=4.0)})
+    plan = planner.compile(
+        made, machine(DRAM), workload, constraints=Constraints(tiers=TierRequest()), time_limit=2.0
+    )
+    tiers = plan.tables["t0"].tiers
+    assert tiers is not None
+    assert tiers.ranges[0].tier == "hbm"
+    room = sum(entry.limit for entry in plan.memory) / 1024
+    assert 0.9 * room <= tiers.ranges[0].rows <= room
+    assert tiers.fetched_rows == pytest.approx(8192 * 4 * (1 - tiers.ranges[0].rows / 220_000_000), rel=1e-3)
+    assert plan.certificate.gap <= 0.05
+
+
 def test_hit_rates_are_those_of_the_popularity() -> None:
     """Accesses served by the hottest rows, against the cache model's LFU curve of the same Zipf law."""
     plan = compiled(80_000_000, machine(DRAM), TierRequest())

@@ -72,7 +72,8 @@ def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> R
     bound = -math.inf
     for penalty in PENALTIES:
         master.penalise(penalty)
-        bound = max(bound, _priced_out(master, menus, price, frame, index))
+        reached, master = _priced_out(master, penalty, menus, price, frame, index)
+        bound = max(bound, reached)
         if not master.exceeded():
             break
     return Relaxation(
@@ -86,17 +87,31 @@ def relax(frame: Frame, menus: Sequence[Menu], price: Pricer | None = None) -> R
     )
 
 
+def _solved(master: Master, penalty: float) -> tuple[float, Master]:
+    """The value, and the program that has it: from nothing where GLOP fails from its last basis."""
+    value = master.solve()
+    if math.isfinite(value):
+        return value, master
+    fresh = Master(master.sizes, master.phases, master.limits)
+    for made in master.columns:
+        fresh.add(made)
+    fresh.require(list(master.largest))
+    fresh.penalise(penalty)
+    return fresh.solve(), fresh
+
+
 def _priced_out(
     master: Master,
+    penalty: float,
     menus: Sequence[Menu],
     price: Pricer | None,
     frame: Frame,
     index: list[tuple[int, int]],
-) -> float:
-    """Add columns until none has a negative reduced cost; the best bound of the rounds."""
-    value = master.solve()
+) -> tuple[float, Master]:
+    """Add columns until none has a negative reduced cost; the best bound of the rounds, and the program."""
+    value, master = _solved(master, penalty)
     if price is None:
-        return value
+        return value, master
     bound = -math.inf
     for _ in range(PRICING_ROUNDS):
         duals = master.duals()
@@ -106,16 +121,28 @@ def _priced_out(
             made = column(option, c, frame)
             reduced = Master.reduced(made, duals)
             least[c] = min(least[c], reduced)
-            if reduced < -1e-7 * max(value, master.limits.scale) and option not in menus[c].options:
-                menus[c].options.append(option)
-                index.append((c, len(menus[c].options) - 1))
-                master.add(made)
-                grown = True
+            if reduced < -1e-7 * max(value, master.limits.scale):
+                grown |= _added(master, made, menus[c], option, index)
         bound = max(bound, value + float(np.array(master.sizes) @ least))
         if not grown:
             break
-        value = master.solve()
-    return bound
+        value, master = _solved(master, penalty)
+    return bound, master
+
+
+def _added(master: Master, made: Column, menu: Menu, option: Option, index: list[tuple[int, int]]) -> bool:
+    """Put a column into the program unless it is there.
+
+    Its option may be on the menu without being there: too large for any rank, it bounds although nobody can place it.
+    """
+    if option not in menu.options:
+        menu.options.append(option)
+    at = made.owner, menu.options.index(option)
+    if at in index:
+        return False
+    index.append(at)
+    master.add(made)
+    return True
 
 
 def _limits(frame: Frame, menus: Sequence[Menu]) -> Limits:
