@@ -20,7 +20,7 @@ from ir.reading import read_text
 from ir.topology import Topology
 from ir.workload import Workload
 from ir.yaml_reading import loads_yaml
-from planner.decoders import decoder_inputs, decoder_pipeline
+from planner.decoders import decoder_inputs, decoder_pipeline, refuse_tensor_constraints
 from planner.plan import Plan
 from planner.serving import serving_inputs, serving_pipeline
 
@@ -107,6 +107,7 @@ def compile(
     captured, own_workload = _capture(model, name, example_inputs)
     notes: tuple[str, ...] = ()
     if isinstance(captured, DecoderModel):
+        refuse_tensor_constraints(constraints or Constraints())
         inputs = decoder_inputs if mode == "train" else serving_inputs
         captured, work = inputs(captured, workload, own_workload, mode)
     else:

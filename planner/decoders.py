@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ir.constraints import Constraints
 from ir.decoder import LlmWorkload
 from ir.errors import InputError
 from ir.llm import DecoderModel
@@ -62,3 +63,14 @@ def with_tokens(work: Workload | None, sequence: int | None, tokens: int | None)
     base = work.llm if work is not None and work.llm is not None else LlmWorkload()
     fed = replace(base, sequence=sequence or base.sequence, global_tokens=tokens or base.global_tokens)
     return replace(work or Workload(origin="command line"), llm=fed, global_batch=fed.sequences)
+
+
+def refuse_tensor_constraints(constraints: Constraints) -> None:
+    """Raise InputError for formats and tiers of single tensors, which are planned for other models only."""
+    if constraints.formats is not None:
+        raise InputError(
+            "constraints.formats chooses a format for each tensor of a recommender or another traced model; a "
+            "decoder is served in those of constraints.serving (weights, cache)"
+        )
+    if constraints.tiers is not None:
+        raise InputError("constraints.tiers places embedding tables, and a decoder has none; leave it out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from ir.format_plan import FormatRequest, LossChange, Sensitivity
 from ir.ops import EmbeddingTable, Op
 from ir.plan import Plan
 from ir.program import Model
+from ir.tier_plan import TierRequest
+from ir.units import format_bytes
 from ir.workload import FeatureStats, Workload
 from passes.format_knapsack import KnapsackOption, solve_knapsack
 from planner.verification import verify
@@ -181,3 +184,29 @@ def test_an_objective_without_a_bound_is_an_input_error() -> None:
         compiled(FormatRequest(objective="loss"))
     with pytest.raises(InfeasibleError, match="budgets"):
         compiled(FormatRequest(objective="step", average_bits=1.0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"), [({"formats": FormatRequest()}, "formats"), ({"tiers": TierRequest()}, "tiers")]
+)
+def test_formats_and_tiers_of_single_tensors_are_refused_for_decoders(
+    asked: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InputError, match=f"constraints.{named} "):
+        planner.compile("llama-tiny", "local-2", constraints=Constraints(**asked))
+
+
+def test_what_a_knapsack_would_take_next_is_named_with_its_trade() -> None:
+    """Two formats: the next is the other one, and it trades the bytes and losses between them."""
+    request = FormatRequest(
+        objective="loss",
+        average_bits=20.0,
+        formats={"table": ("fp32", "bf16"), "weight": ("bf16",), "activation": ("bf16",)},
+    )
+    section = compiled(request).decisions.formats
+    assert section is not None
+    tables = [t for t in section.tensors if t.kind == "table"]
+    assert {(t.format, t.runner_up) for t in tables} == {("fp32", "bf16"), ("bf16", "fp32")}
+    for tensor in tables:
+        assert ("save" if tensor.format == "fp32" else "take") in tensor.reason
+        assert format_bytes(2 * tensor.elements) in tensor.reason
