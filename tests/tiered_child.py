@@ -49,7 +49,8 @@ def train(folder: str, steps: int) -> None:
             table.release(batch, changed=True)
             if step % FLUSH_EVERY == 0 or step == steps - 1:
                 table.flush(step)
-                os.write(1, f"{step}\n".encode())  # in one piece: an unbuffered print may die between number and newline
+                # in one piece: an unbuffered print may die between number and newline
+                os.write(1, f"{step}\n".encode())
 
 
 if __name__ == "__main__":
