@@ -43,6 +43,7 @@ from ir.topology import Topology
 from ir.workload import Workload, icdf_from_zipf
 from passes.assignment.column_generation import Frame, Menu, relax
 from passes.assignment.joint import solve_joint
+from passes.joint_search import polish
 from planner.verification import verify
 
 ALPHA = 1.05  # NVIDIA-Merlin/distributed-embeddings, synthetic models: power law of the ids
@@ -218,6 +219,7 @@ def ours_on_recshard(tables: list[RecShardTable], gpus: int, hbm: float, uvm: fl
     frame = Frame(names, 1, gpus, hbm, ("lookup",), (uvm,), (False,))
     relaxed = relax(frame, menus)
     joint = solve_joint(frame, menus, relaxed, time_limit=60.0)
+    joint = polish(frame, joint, time_limit=60.0, seed=0)
     return joint.step, min(relaxed.bound, joint.step)
 
 

@@ -3,7 +3,7 @@
 :func:`passes.assignment.joint.solve_joint` starts from the master program's choice, which knows averages only. Here
 the formats of all tensors are held in turn to those of :mod:`passes.joint_starts`, sharded by the solver for sharding
 alone, and the best are polished with formats free again (:mod:`passes.assignment.polish`). What comes out is no
-worse than what came in.
+worse than what came in. :func:`polish` is the same last step for solutions that use memory tiers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from ir.errors import InfeasibleError
 from passes.assignment import Option, Problem, solve
 from passes.assignment.budget import Budget
-from passes.assignment.compiled import compile_problem
+from passes.assignment.column_generation import Frame
+from passes.assignment.compiled import Compiled, compile_problem
 from passes.assignment.joint import Joint
-from passes.assignment.master import Master
+from passes.assignment.master import Duals, Master
 from passes.assignment.polish import Polisher
-from passes.assignment.problem import evaluate_extra
+from passes.assignment.problem import Floats, evaluate_extra
 from passes.assignment.relaxation import average_bound
 from passes.assignment.solve import finish
 from passes.assignment.target_search import Incumbent
@@ -29,8 +30,10 @@ from passes.joint_starts import FormatGroups, Start, natural_starts
 
 SHARDED = 2  # starts that are sharded: those of the least bounds
 POLISHED = 2  # placements that are polished
-ROUNDS = 6  # of polishing a placement, each with another seed
-GAIN = 1e-4  # relative; a round of less is the last
+ROUNDS = 12  # of polishing a placement, each with another seed
+IDLE = 3  # rounds without a gain that end it
+GAIN = 1e-4  # relative, of a round
+EXACT = 1e-5  # gap to the bound below which nothing is left to gain
 POLISH_A_TABLE = (
     0.03  # seconds of work of a round for each table, at least POLISH_LEAST and at most POLISH_MOST
 )
@@ -145,34 +148,72 @@ class _Search:
         problem = self._free(placed.picks)
         compiled = compile_problem(problem)
         duals = self.given.relaxed.duals
-        prices = duals.memory * compiled.mean_memory + compiled.cost @ duals.cost
+        prices = _prices(compiled, duals)
         choice = [row.index(pick) for row, pick in zip(problem.options, placed.picks, strict=True)]
         best = Incumbent(placed.value, placed.value, choice, [list(places) for places in placed.places])
-        work = min(self.time_limit, max(POLISH_LEAST, min(POLISH_MOST, POLISH_A_TABLE * compiled.tables)))
-        for turn in range(ROUNDS):
-            before, budget = best.value, Budget(work)
-            Polisher(compiled, self.bound, budget, self.seed + turn, prices).refine(best, 0.0)
-            self.work += budget.work
-            if best.value >= before * (1 - GAIN) or self.work >= self.time_limit:
-                break
+        self.work += _rounds(compiled, best, self.bound, prices, self.time_limit - self.work, self.seed)
         picks = [row[j] for row, j in zip(problem.options, best.choice, strict=True)]
         return Placed(best.value, picks, best.placement)
 
     def joint(self, best: Placed) -> Joint:
-        """The placement as a joint solution; its limits are checked anew."""
+        """The placement as a joint solution."""
         problem = self._free(best.picks)
         choice = [row.index(pick) for row, pick in zip(problem.options, best.picks, strict=True)]
         placement = [list(places) for places in best.places]
-        before = self.given.solution
-        found = finish(
-            problem, Incumbent(best.value, best.value, choice, placement), before.lower_bound, before.bound_method,
-            before.work + self.work,
-        )  # fmt: skip
-        extra, spent = evaluate_extra(problem, found.choice, found.placement)
-        assert (np.asarray(spent) <= np.asarray(problem.budgets) * (1 + 1e-9)).all(), (
-            "a choice exceeds a budget"
-        )
-        solution = replace(found, extra=extra, spent=spent)
-        return replace(
-            self.given, problem=problem, solution=solution, step=self.frame.base + solution.objective
-        )
+        return _joint(self.frame, self.given, problem, choice, placement, self.work)
+
+
+def polish(frame: Frame, joint: Joint, *, time_limit: float, seed: int) -> Joint:
+    """More rounds of polishing for a solution whose step its phases decide; no worse than ``joint``."""
+    solution = joint.solution
+    if not joint.problem.limits or frame.base + solution.objective < joint.step * (1 - GAIN):
+        return joint
+    compiled = compile_problem(joint.problem)
+    best = Incumbent(
+        solution.objective, solution.objective, list(solution.choice), [list(p) for p in solution.placement]
+    )
+    bound = max(joint.relaxed.bound - frame.base, 1e-12)
+    work = _rounds(compiled, best, bound, _prices(compiled, joint.relaxed.duals), time_limit, seed)
+    found = _joint(frame, joint, joint.problem, best.choice, best.placement, work)
+    return found if found.step < joint.step else joint
+
+
+def _prices(compiled: Compiled, duals: Duals) -> Floats:
+    """Seconds that what each option takes of memory, further resources and budgets is worth."""
+    prices: Floats = (
+        duals.memory * compiled.mean_memory + compiled.mean_extra @ duals.extra + compiled.cost @ duals.cost
+    )
+    return prices
+
+
+def _rounds(
+    compiled: Compiled, best: Incumbent, bound: float, prices: Floats, time_limit: float, seed: int
+) -> float:
+    """Polish ``best`` in place, each round with another seed; the work that it took."""
+    each = max(POLISH_LEAST, min(POLISH_MOST, POLISH_A_TABLE * compiled.tables))
+    spent, idle = 0.0, 0
+    for turn in range(ROUNDS):
+        before, budget = best.value, Budget(each)
+        Polisher(compiled, bound, budget, seed + turn, prices).refine(best, EXACT)
+        spent += budget.work
+        idle = idle + 1 if best.value >= before * (1 - GAIN) else 0
+        if idle == IDLE or spent >= time_limit or best.value <= bound * (1 + EXACT):
+            break
+    return spent
+
+
+def _joint(
+    frame: Frame, given: Joint, problem: Problem, choice: list[int], placement: list[list[int]], work: float
+) -> Joint:
+    """A placement as a joint solution; its limits are checked anew."""
+    before = given.solution
+    best = Incumbent(choice=choice, placement=placement)
+    found = finish(problem, best, before.lower_bound, before.bound_method, before.work + work)
+    extra, spent = evaluate_extra(problem, found.choice, found.placement)
+    assert (extra <= np.asarray(problem.limits) * (1 + 1e-9)).all(), "a placement exceeds a limit of a rank"
+    assert (np.asarray(spent) <= np.asarray(problem.budgets) * (1 + 1e-9)).all(), "a choice exceeds a budget"
+    busy = [float(extra[:, e].max()) for e, stretched in enumerate(frame.stretched) if stretched]
+    solution = replace(found, extra=extra, spent=spent)
+    return replace(
+        given, problem=problem, solution=solution, step=max([frame.base + solution.objective, *busy])
+    )

@@ -19,7 +19,7 @@ from ir.tier_plan import HostTrial, TierPlan, TierRequest, TierUse
 from ir.units import format_seconds
 from passes.assignment.joint import Joint
 from passes.joint import JointProblem, best_traffic, relax_all
-from passes.joint_search import search_formats
+from passes.joint_search import polish, search_formats
 from passes.sharding_prices import memory_limit
 
 GROW = 1.15  # step of the upward search once the next few numbers of hosts were not kept
@@ -48,6 +48,7 @@ def place(program: Program, calibration: Calibration) -> Placed:
         problem, joint, bound = best_traffic(program, calibration, step=limit)
         options = program.options
         joint = search_formats(problem, joint, time_limit=options.time_limit, seed=options.seed)
+        joint = polish(problem.frame, joint, time_limit=options.time_limit, seed=options.seed)
         return Placed(program, problem, joint, min(bound, joint.step))
     if request.throughput is None:
         raise InputError(
