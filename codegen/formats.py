@@ -96,7 +96,10 @@ def apply(
     """
     decided = plan.decisions.formats
     if decided is None:
-        raise InputError("the plan has no number formats; compile it with constraints.formats set")
+        raise InputError(
+            "the plan has no number formats, and one process shards nothing; compile it with constraints.formats set, or "
+            "pass a process group"
+        )
     chosen = {tensor.name: tensor.format for tensor in decided.tensors}
     training = plan.mode == "train" if training is None else training
     return apply_formats(model, chosen, training=training, gradient=gradient, clip=clip, inplace=inplace)

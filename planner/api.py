@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cost_models.calibration import Calibration
     from passes.base import Pass
     from passes.pipeline import Observer
+    from planner.zoo import ZooModel
 
 
 def topology(name: str | Path | Topology) -> Topology:
@@ -54,7 +55,7 @@ def load_yaml(path: str | Path, what: str) -> Any:
 
 
 def compile(
-    model: nn.Module | Model | str,
+    model: nn.Module | Model | ZooModel | str,
     topology: Topology | str | Path,
     workload: Workload | None = None,
     *,
@@ -73,7 +74,7 @@ def compile(
 
     Args:
         model: an ``nn.Module`` (also on meta), an ``fx.GraphModule``, a captured
-            :class:`ir.program.Model`, a zoo name, ``file.py:callable``, or a JSON table list.
+            :class:`ir.program.Model`, a zoo name or model, ``file.py:callable``, or a JSON table list.
         topology: a :class:`Topology`, a preset name or a YAML path.
         workload: what the model is fed; without one the model's own (zoo, table list) or the
             documented defaults of :mod:`ir.workload`, which the plan names.
@@ -126,7 +127,7 @@ def compile(
     if program.options.constraints.towers is not None:
         from planner.towers import price_over_arch
 
-        passes = price_over_arch(passes, model)
+        passes = price_over_arch(passes, getattr(model, "module", model))
     program, _ = run_pipeline(program, passes, observers)
     return _plan(program, str(model) if isinstance(model, (str, Path)) else "")
 
@@ -160,7 +161,10 @@ def _capture(
         resolved = resolve(str(model))
         return (replace(resolved.model, name=name) if name else resolved.model), resolved.workload
     from ir.capture_llm import capture_model
+    from planner.zoo import ZooModel
 
+    if isinstance(model, ZooModel):
+        return capture_model(model.module, name=name or model.name), model.workload
     return capture_model(model, name=name, example_inputs=example_inputs), None
 
 

@@ -123,11 +123,12 @@ def _emitted(plan: Plan, target: str, model: str | None, path: str) -> tuple[str
     from codegen.script import emit_torchrec
     from codegen.torchao import emit_torchao
     from codegen.tower_script import emit_towers
+    from planner.run import source_of
 
     if target in TARGETS:
         made = emission(plan, target)
         return made.text, f"use: {made.command.format(path=path)}", list(made.limits)
-    named = model or plan.provenance.get("model") or plan.model.name
+    named = source_of(plan, model)
     if target == "torchao":
         return emit_torchao(plan, named), "import it and call quantize_model(model)", []
     text = (emit_torchrec if target == "torchrec" else emit_towers)(plan, named)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import ir.plan
+from ir.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from planner.zoo import ZooModel
 
 
 class Plan(ir.plan.Plan):
@@ -39,18 +42,18 @@ class Plan(ir.plan.Plan):
 
         return to_text(render_diff(diff_plans(self, other)))
 
-    def to_torchrec(self, module: nn.Module, **kwargs: Any) -> Any:
-        """A ``torchrec.distributed.types.ShardingPlan`` for ``module``.
+    def to_torchrec(self, module: nn.Module | ZooModel, **kwargs: Any) -> Any:
+        """A ``torchrec.distributed.types.ShardingPlan`` for ``module`` (of a zoo model, for its module).
 
         Raises:
             InputError: the plan is not for this module, or TorchRec would run it wrongly.
         """
         from codegen.torchrec import to_torchrec
 
-        return to_torchrec(self, module, **kwargs)
+        return to_torchrec(self, module_of(module), **kwargs)
 
-    def apply(self, module: nn.Module, process_group: Any = None, **kwargs: Any) -> Any:
-        """``module`` as this plan runs it.
+    def apply(self, module: nn.Module | ZooModel, process_group: Any = None, **kwargs: Any) -> Any:
+        """``module``, or that of a zoo model, as this plan runs it.
 
         With a process group: sharded by TorchRec (:func:`codegen.torchrec.sharded_model`), tables in their
         ``DataType``; where the plan compresses exchanges by error-bounded codecs, by
@@ -60,28 +63,41 @@ class Plan(ir.plan.Plan):
         number formats (:func:`codegen.formats.apply`). A decoder's training plan takes the default group
         (:func:`codegen.llm.parallel_model`), its serving plan too (:func:`codegen.serving.served_decoder`).
         """
+        model = module_of(module)
         if self.decisions.parallelism is not None:
             from codegen.llm import parallel_model
 
-            return parallel_model(self, module)
+            return parallel_model(self, model)
         if self.decisions.serving is not None:
             from codegen.serving import served_decoder
 
-            return served_decoder(self, module)
+            return served_decoder(self, model)
         if process_group is None:
             from codegen.formats import apply
 
-            return apply(self, module, **kwargs)
+            return apply(self, model, **kwargs)
         from codegen.execution import executed
 
         towers = self.decisions.towers
         if towers is not None and towers.applied:
             from planner.zoo.multi_tower import with_towers
 
-            module = with_towers(module, towers)
-        return executed(self, module, process_group, **kwargs)
+            model = with_towers(model, towers)
+        return executed(self, model, process_group, **kwargs)
 
     def _repr_html_(self) -> str:
         from planner.render import summary, to_html
 
         return to_html(summary(self))
+
+
+def module_of(model: Any) -> Any:
+    """The ``nn.Module`` to work on: a module itself, or the one of a zoo model; raises InputError for anything else."""
+    from torch import nn
+
+    module = getattr(model, "module", None) if not isinstance(model, nn.Module) else model
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"a {type(model).__name__} is no model; pass an nn.Module or what planner.zoo.build() returns"
+        )
+    return module

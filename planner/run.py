@@ -20,15 +20,37 @@ if TYPE_CHECKING:
     from codegen.runtime.spans import Span
 
 
+def source_of(plan: Plan, model: str | None = None) -> str:
+    """Where the plan's model is built: what ``--model`` names, else what was compiled, else a zoo model of its name.
+
+    Raises:
+        InputError: the plan was compiled from a table list, or from a module of which it keeps no more than the name, and
+            no model is named.
+    """
+    from planner.zoo import decoder_names, zoo_names
+
+    known = (*zoo_names(), *decoder_names())
+    source = model or plan.provenance.get("model", "")
+    if not source and plan.model.name in known:
+        return plan.model.name
+    if not source or source.partition("#")[0].endswith(".json"):
+        made = f"the table list {source}, which has no layers" if source else "a module of a Python program"
+        raise InputError(
+            f"the plan of {plan.model.name!r} was compiled from {made}; name the model that holds its tables with "
+            "--model, as a zoo model or file.py:callable"
+        )
+    return source
+
+
 def factory_of(plan: Plan, model: str | None = None) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     """How a process builds the plan's model: factory, arguments, options.
 
     Raises:
-        InputError: the plan was compiled from a module or a table list and no model is named.
+        InputError: as :func:`source_of`, or the model is neither of the zoo nor of a Python file.
     """
     from planner.zoo import zoo_names
 
-    source = model or plan.provenance.get("model", "")
+    source = source_of(plan, model)
     towers = plan.decisions.towers
     if source in zoo_names() and towers is not None and towers.applied and towers.module != "none":
         return "planner.run:build_with_towers", (source, plan.to_dict()), {"device": "cpu"}
@@ -36,10 +58,7 @@ def factory_of(plan: Plan, model: str | None = None) -> tuple[str, tuple[Any, ..
         return "planner.zoo:build", (source,), {"device": "cpu"}
     if source.rpartition(":")[0].endswith(".py"):
         return source, (), {}
-    raise InputError(
-        f"the plan of {plan.model.name!r} does not say how to build the model; name a zoo model or "
-        "file.py:callable with --model"
-    )
+    raise InputError(f"{source!r} is no model to run; name a zoo model or file.py:callable with --model")
 
 
 def build_with_towers(name: str, plan: dict[str, Any], **options: Any) -> Any:

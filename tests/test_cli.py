@@ -100,6 +100,16 @@ def test_diff_and_its_exit_code(tables: Path, plan: Path, tmp_path: Path) -> Non
     assert json.loads(run("diff", str(plan), str(after), "--json").output)["same"] is False
 
 
+@pytest.mark.parametrize("command", ["run", "emit", "emit --target=torchao", "emit --target=script"])
+def test_what_needs_layers_says_so_of_a_plan_from_a_table_list(plan: Path, command: str) -> None:
+    refused = run(*command.split(), str(plan))
+    assert refused.exit_code == 2
+    assert "compiled from the table list" in refused.output
+    assert "name the model that holds its tables with --model" in refused.output
+    other = run(*command.split(), str(plan), "--model", str(plan.with_name("tables.json")))
+    assert "has no layers" in other.output
+
+
 def test_topologies_lists_and_prints_yaml_that_reads_back(tables: Path, tmp_path: Path) -> None:
     assert "h100-" in run("topologies").output
     file = tmp_path / "t.yaml"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import planner
 from ir.capture import capture
 from ir.errors import InputError
 from ir.program import Model
@@ -284,3 +285,16 @@ def test_options_are_for_the_zoo(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="options such as 'row_cap' are for models of the zoo"):
         resolve(file, row_cap=3)
     assert resolve(file).model.name == "tables"
+
+
+def test_a_model_of_the_zoo_is_taken_where_a_module_is() -> None:
+    pytest.importorskip("torchrec")
+    made = build("dlrm-small", row_cap=100)
+    plan = planner.compile(made, "local-2")
+    assert plan.digest == planner.compile(made.module, "local-2", made.workload, name="dlrm-small").digest
+    assert str(plan.to_torchrec(made)) == str(plan.to_torchrec(made.module))
+    for verb in (plan.to_torchrec, plan.apply):
+        with pytest.raises(InputError, match=r"a str is no model; .* what planner.zoo.build\(\) returns"):
+            verb("dlrm-small")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="or pass a process group"):  # past the model
+        plan.apply(made)
