@@ -3,7 +3,8 @@
 Weights and optimizer state are written with ``torch.distributed.checkpoint`` under the names they have before
 sharding, each rank its own blocks; loading reads the blocks that a rank needs. State of fused kernels and of
 ordinary optimizers is the same thing under the same name, so a table may change from data-parallel to
-row-wise in between.
+row-wise in between. A table may also have grown: the rows that the checkpoint has are read, those it lacks keep the
+values that the new model gave them, and fresh state.
 
 A checkpoint is a folder ``step-<n>``; the file ``latest`` names the last one that was written whole, so a
 process that is killed while it saves loses that checkpoint and no other.
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ir.errors import InputError
-from ir.plan import Plan, write_atomically
+from ir.plan import Plan, TablePlan, write_atomically
 from ir.reading import clipped, read_json
 
 if TYPE_CHECKING:
@@ -66,14 +67,23 @@ def save_checkpoint(plan: Plan, sharded: ShardedModel, folder: str | Path, step:
     return target
 
 
-def load_checkpoint(plan: Plan, sharded: ShardedModel, folder: str | Path) -> int:
+def load_checkpoint(
+    plan: Plan, sharded: ShardedModel, folder: str | Path, *, before: Plan | None = None
+) -> int:
     """Read the latest checkpoint into ``sharded``; called by all ranks together.
+
+    Args:
+        plan: the plan ``sharded`` was made with.
+        sharded: the model and its optimizers, not trained yet.
+        folder: as in :func:`save_checkpoint`.
+        before: the plan of the model that was saved, where ``plan``'s has more rows in its tables, or more tables: what
+            the checkpoint lacks keeps the weights that ``sharded`` was made with, and optimizer state that starts anew.
 
     Returns:
         The step it was written after.
 
     Raises:
-        InputError: no checkpoint there, or one of another model.
+        InputError: no checkpoint there, one of another model, or one in which more than rows and tables is missing.
     """
     import torch
     from torch.distributed.checkpoint.api import CheckpointException
@@ -82,23 +92,62 @@ def load_checkpoint(plan: Plan, sharded: ShardedModel, folder: str | Path) -> in
     from codegen.checkpoint_reader import TensorReader
 
     about = read_latest(folder)
-    if about["model"] != plan.model.digest:
+    if about["model"] != (before or plan).model.digest:
         raise InputError(
-            f"the checkpoint in {folder} is of another model than the plan of {plan.model.name}; its tables or "
-            "layers differ"
+            f"the checkpoint in {folder} is of another model than the plan of {(before or plan).model.name}; its tables "
+            "or layers differ (pass the plan of the model that was saved as before, if tables have grown)"
         )
     source = Path(folder) / about["folder"]
     state = _state(plan, sharded)
+    grown: dict[str, int] = {}
+    if before is not None:
+        state, grown = _known_to(before, plan, state)
     with torch.no_grad():
         try:
-            load(state, checkpoint_id=source, storage_reader=TensorReader(source))
+            load(state, checkpoint_id=source, storage_reader=TensorReader(source, grown))
         except CheckpointException as error:
             first = next(iter(error.failures.values()), (error,))[0]
-            raise InputError(f"checkpoint {source} cannot be read: {clipped(str(first))}") from None
+            what = "; only tables may have grown" if before is not None else ""
+            raise InputError(f"checkpoint {source} cannot be read: {clipped(str(first))}{what}") from None
         except OSError as error:
             raise InputError(f"checkpoint {source} cannot be read: {error}") from None
     step: int = about["step"]
     return step
+
+
+def _known_to(before: Plan, plan: Plan, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """The part of ``state`` that a checkpoint of ``before`` has, and the rows that it lacks, by name.
+
+    Raises:
+        InputError: a table is gone, shorter, or of another width or type.
+    """
+    for old in before.table_plans:
+        new = plan.tables.get(old.name)
+        if new is None or (new.dim, new.dtype) != (old.dim, old.dtype) or new.rows < old.rows:
+            found = "gone" if new is None else f"{new.rows} x {new.dim} {new.dtype}"
+            raise InputError(
+                f"table {old.name!r} was {old.rows} x {old.dim} {old.dtype} when it was saved and is {found} in the "
+                "plan; tables may only have gained rows"
+            )
+    known, grown = {}, {}
+    tables = {_collection_name(table): table for table in plan.table_plans}
+    for key, value in state.items():
+        path = key.split("/")[1] if key.startswith("optimizer/") else key
+        table = tables.get(path.removesuffix(".weight").rpartition(".")[2])
+        old_table = before.tables.get(table.name) if table is not None else None
+        if table is None or not value.shape or value.shape[0] != table.rows:  # Adam's step counts no rows
+            known[key] = value
+        elif old_table is not None:
+            known[key] = value
+            if table.rows > old_table.rows:
+                grown[key] = table.rows - old_table.rows
+    return known, grown
+
+
+def _collection_name(table: TablePlan) -> str:
+    """A table's name in its embedding collection, as it stands in the names of parameters."""
+    parts = table.parameter.split(".")
+    return parts[-2] if len(parts) > 1 else table.name
 
 
 def read_latest(folder: str | Path) -> dict[str, Any]:

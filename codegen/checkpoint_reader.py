@@ -11,6 +11,7 @@ import collections
 import io
 import pathlib
 import pickle
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, BinaryIO, cast
 
@@ -82,7 +83,16 @@ def _sound(found: Metadata) -> bool:
 
 
 class TensorReader(FileSystemReader):
-    """torch's reader of a folder, with the index read by :func:`read_index`."""
+    """torch's reader of a folder, with the index read by :func:`read_index`.
+
+    Args:
+        path: the folder.
+        grown: tensor -> rows that it has gained since it was saved: no file has them, so they are left as they are.
+    """
+
+    def __init__(self, path: str | PurePath, grown: Mapping[str, int] | None = None) -> None:
+        super().__init__(str(path))
+        self.grown = dict(grown or {})
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
@@ -91,4 +101,8 @@ class TensorReader(FileSystemReader):
         if not isinstance(found.storage_meta, StorageMeta):
             found.storage_meta = StorageMeta()
         found.storage_meta.load_id = self.load_id
+        for key, rows in self.grown.items():
+            entry = found.state_dict_metadata.get(key)
+            if isinstance(entry, TensorStorageMetadata) and entry.size:  # a missing one is reported by torch
+                entry.size = torch.Size((entry.size[0] + rows, *entry.size[1:]))
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ from planner.zoo import build
 ROWS, DIM, TABLES, GLOBAL_BATCH = 101, 16, 6, 48
 
 
-def model() -> Any:
-    """The same small DLRM on every rank."""
-    torch.manual_seed(0)
-    tables = [{"name": f"t{n}", "rows": ROWS + n, "dim": DIM, "features": [f"f{n}"]} for n in range(TABLES)]
+def model(grown: Sequence[int] = (), seed: int = 0) -> Any:
+    """The same small DLRM on every rank; ``grown``: rows that its first tables have gained."""
+    torch.manual_seed(seed)
+    more = [*grown, *([0] * TABLES)]
+    tables = [
+        {"name": f"t{n}", "rows": ROWS + n + more[n], "dim": DIM, "features": [f"f{n}"]}
+        for n in range(TABLES)
+    ]
     return build("dlrm", tables=tables, dense_features=3, bottom=(8, DIM), top=(8, 1), device="cpu").module
 
 
@@ -35,16 +40,20 @@ def train(place: Rank, plan: dict[str, Any], folder: str, settings: dict[str, An
     # smooth: SiLU and a large eps keep rounding from deciding steps, see examples/train_movielens.py
     sharded = sharded_model(
         decided,
-        smooth(model()),
+        smooth(model(**settings.get("model", {}))),
         lr=0.05,
         dense_optimizer=settings["dense"],
         eps=1e-3,
     )
-    start = load_checkpoint(decided, sharded, folder) if settings["load"] else 0
+    before = Plan.from_dict(settings["before"]) if settings.get("before") else None
+    start = load_checkpoint(decided, sharded, folder, before=before) if settings["load"] else 0
+    if settings.get("copy_to"):
+        save_checkpoint(decided, sharded, settings["copy_to"], start)
     for step in range(start, settings["until"]):
         if place.rank == 1 and step == settings.get("die_at"):
             os.kill(os.getpid(), signal.SIGKILL)
-        whole = Batch(*_split(model().random_batch(GLOBAL_BATCH, decided.workload, 1000 + step)))
+        fed = model(**settings.get("model", {}))
+        whole = Batch(*_split(fed.random_batch(GLOBAL_BATCH, decided.workload, 1000 + step)))
         part = whole.part(place.rank, place.world_size)
         sharded.zero_grad()
         F.binary_cross_entropy_with_logits(sharded(*part.inputs), part.labels).backward()

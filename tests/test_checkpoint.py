@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import planner
+from codegen.checkpoint import _known_to
 from codegen.runtime.launch import LaunchError, launch
 from ir.constraints import Constraints, TableConstraint
 from ir.errors import PlannerError
@@ -20,11 +22,11 @@ OTHER = ("row_wise", "column_wise", "data_parallel", "table_wise", "column_wise"
 BY_ROW = ("table_wise", "row_wise", "data_parallel", "row_wise", "table_wise", "data_parallel")
 
 
-def plan(ranks: int, types: tuple[str, ...], optimizer: str) -> planner.Plan:
+def plan(ranks: int, types: tuple[str, ...], optimizer: str, grown: tuple[int, ...] = ()) -> planner.Plan:
     tables = {f"t{n}": TableConstraint(sharding_types=(kind,)) for n, kind in enumerate(types)}  # type: ignore[arg-type]
     workload = planner.Workload(global_batch=GLOBAL_BATCH, optimizer=optimizer)  # type: ignore[arg-type]
     return planner.compile(
-        model(), f"local-{ranks}", workload, constraints=Constraints(min_column_width=8, tables=tables)
+        model(grown), f"local-{ranks}", workload, constraints=Constraints(min_column_width=8, tables=tables)
     )
 
 
@@ -53,6 +55,63 @@ def test_moving_to_fewer_ranks_and_other_shardings_is_bit_identical(
     resumed = run(plan(2, after, optimizer), tmp_path, until=5, load=True, weights="resumed.pt")
     for name, value in undisturbed.items():  # two more steps agree only if the optimizer's state moved too
         torch.testing.assert_close(resumed[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def whole(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the one checkpoint in a folder, put together by torch's own converter."""
+    (step,) = folder.glob("step-*")
+    dcp_to_torch_save(step, folder / "whole.pt")
+    found: dict[str, torch.Tensor] = torch.load(folder / "whole.pt", weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "before", "after"), [("adagrad", MIXED, OTHER), ("rowwise_adagrad", BY_ROW, BY_ROW[::-1])]
+)
+def test_a_checkpoint_moves_into_grown_tables(
+    optimizer: str, before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path
+) -> None:
+    """What was trained moves bit for bit, state included; new rows are the new model's, their state is fresh."""
+    grown, ways = (37, 1, 5, 0, 64, 3), {"model": {"grown": (37, 1, 5, 0, 64, 3), "seed": 9}}
+    old, new = plan(4, before, optimizer), plan(2, after, optimizer, grown)
+    run(old, tmp_path / "old", until=3, save_every=3)
+    ways |= {"load": True, "before": old.to_dict()}
+    resumed = run(new, tmp_path / "old", until=5, copy_to=str(tmp_path / "new"), weights="two.pt", **ways)
+    was, now, fresh = (
+        whole(tmp_path / "old"),
+        whole(tmp_path / "new"),
+        dict(model(grown, 9).named_parameters()),
+    )
+    assert set(was) == set(now)
+    moved = 0
+    for key, value in was.items():
+        rows = len(value) if value.ndim else None
+        assert torch.equal(now[key][:rows] if value.ndim else now[key], value), key
+        if now[key].shape == value.shape:
+            continue
+        moved += 1
+        more = now[key][rows:]
+        assert len(more) in grown
+        if key.startswith("optimizer/"):
+            assert not more.any(), key
+            assert value.any(), key  # old state is not zero: it was moved
+        else:
+            assert torch.equal(more, fresh[key][rows:]), key
+    assert moved == 10  # weight and state of five tables
+    other = plan(4, before, optimizer, grown)  # another sharding goes on alike, with ids of old and new rows
+    again = run(other, tmp_path / "old", until=5, weights="four.pt", **ways)
+    for name, value in resumed.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_more_than_grown_tables_is_refused(tmp_path: Path) -> None:
+    old = plan(2, MIXED, "adagrad")
+    new = plan(2, MIXED, "adagrad", (8,))
+    run(old, tmp_path, until=1, save_every=1)
+    with pytest.raises(PlannerError, match=r"pass the plan of the model that was saved as before"):
+        run(new, tmp_path, until=1, load=True, model={"grown": (8,)})
+    with pytest.raises(PlannerError, match=r"'t0' was 109 x 16 fp32 .* is 101 x 16 fp32"):
+        _known_to(new, old, {})
 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
