@@ -79,7 +79,7 @@ def sampled(name: str) -> tuple[Workload, Any, Any]:
     samples = sample_traffic(module, batches, loss_of, origin=f"4 batches after {SAMPLED_AFTER} steps")
     with torch.no_grad():
         pooled = module.ebc(batches[0][1]).to_dict()
-    speeds = measure_speeds([vectors.contiguous() for vectors in pooled.values()])
+    speeds = measure_speeds([vectors.contiguous() for vectors in pooled.values()], ranks=HOSTS * RANKS)
     work = Workload.from_batches([batch[1] for batch in batches], world_size=HOSTS * RANKS)
     return replace(work, optimizer="adagrad"), samples, speeds
 
@@ -90,12 +90,7 @@ def variants(
     """Uncompressed, TorchRec with fp16, and compressed, with the same tables on the same ranks."""
     work, samples, speeds = sample
     module = DATA[name](0).model("meta")
-    # ranks share cores, so a codec has half of one
-    slower = tuple(
-        replace(s, encode=s.encode / RANKS, decode=s.decode / RANKS, message=s.message * RANKS)
-        for s in speeds
-    )
-    coded = CompressionRequest(samples=samples, speeds=slower, error_budget=BUDGET, gradient_budget=BUDGET)
+    coded = CompressionRequest(samples=samples, speeds=speeds, error_budget=BUDGET, gradient_budget=BUDGET)
     half: tuple[CodecName, ...] = ("none", "fp16")
     tables = {"*": TableConstraint(sharding_types=("table_wise",))}
     wanted = {

@@ -9,6 +9,7 @@ import numpy as np
 from cost_models.embedding import LENGTH_BYTES, traffic
 from cost_models.placed import option_of, placed_units, table_of
 from ir.dtypes import nbytes
+from ir.ids import id_width
 from ir.plan import TablePlan
 from ir.schedules import Collective
 from ir.topology import Topology
@@ -48,3 +49,29 @@ def exchanged_bytes(
                 share = topology.host_size if option.scope == "host" else 1
                 add(("output_dist", "all_to_all"), ranks, vectors / share)
     return {exchange: float(load.max()) for exchange, load in moved.items()}
+
+
+_PACKED_LENGTH_BYTES = (
+    1  # no feature has 256 ids a sample on the mean; lengths that are all equal do not travel
+)
+
+
+def packed_ids(plans: Sequence[TablePlan], topology: Topology, workload: Workload) -> float:
+    """Bytes of ids as the compressed exchange packs them over those of TorchRec, on the ranks that receive most.
+
+    Each id takes the least bytes that hold the rows of its table (:mod:`codegen.runtime.ids_wire`). 1 where
+    no ids are exchanged.
+    """
+    plain, packed = np.zeros(topology.world_size), np.zeros(topology.world_size)
+    for plan in plans:
+        if plan.sharding_type == "data_parallel":
+            continue
+        table, option = table_of(plan), option_of(plan)
+        for unit, ranks in placed_units(plan, topology):
+            load = traffic(table, option, unit, topology, workload)
+            at = list(ranks)
+            plain_size = load.ids * workload.id_bytes + load.lengths * LENGTH_BYTES
+            packed_size = load.ids * id_width(plan.rows) + load.lengths * _PACKED_LENGTH_BYTES
+            np.add.at(plain, at, plain_size + load.weight_bytes)
+            np.add.at(packed, at, packed_size + load.weight_bytes)
+    return float(packed.max() / plain.max()) if plain.any() else 1.0

@@ -65,6 +65,14 @@ def phase_seconds(
     return shared_seconds(seconds, host_size, calibration.core_sharing)
 
 
+def posted_share(topology: Topology, calibration: Calibration) -> float:
+    """Seconds of an exchange whose receives are posted first over those of the library's, as bytes grow; at most 1."""
+    reached = calibration.link_efficiency(topology.inter_link)
+    if topology.hosts == 1 or not calibration.posted_efficiency:
+        return 1.0
+    return min(reached / calibration.posted_efficiency, 1.0)
+
+
 def second_exchanges(sharding_types: Collection[str], topology: Topology, latency: float) -> dict[str, float]:
     """Seconds by phase at least of the second step of exchanges that go through the host, then between hosts.
 

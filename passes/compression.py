@@ -23,7 +23,9 @@ import numpy as np
 from cost_models.calibration import Calibration, default_calibration
 from cost_models.codecs import default_speeds, library_speeds, speed_of
 from cost_models.collectives import network
-from cost_models.shared import framework_seconds, phase_seconds, shared_seconds
+from cost_models.exchanged import packed_ids
+from cost_models.placed import rank_seconds
+from cost_models.shared import framework_seconds, phase_seconds, posted_share, shared_seconds
 from ir.compression import (
     PHASE_OF,
     CodecName,
@@ -102,15 +104,19 @@ class CompressionBounds:
 
 
 def _seconds(program: Program, section: Compression, calibration: Calibration) -> float:
-    """What engines differ in: their exchanges, and the host's own work."""
+    """What engines differ in: their exchanges, ids included, and the host's own work."""
     used = [exchange for exchange in section.exchanges if exchange.used]
     kept = [exchange.uncompressed for exchange in section.exchanges if not exchange.used]
     tables = program.tables or ()
     types = len({table.sharding_type for table in tables} - {"data_parallel"})
-    host = framework_seconds(
-        len(tables), types, calibration, compressed=bool(used) and section.engine == "exchange"
-    )
-    return sum(exchange.link + exchange.coding for exchange in used) + sum(kept) + host
+    own = bool(used) and section.engine == "exchange"
+    host = framework_seconds(len(tables), types, calibration, compressed=own)
+    topology, workload, mode = program.topology, program.workload, program.options.mode
+    ids = rank_seconds(tables, topology, workload, calibration, mode)["input_dist"]
+    asked = phase_seconds("input_dist", ids, topology.host_size, calibration)
+    if own:
+        asked *= packed_ids(tables, topology, workload) * posted_share(topology, calibration)
+    return sum(exchange.link + exchange.coding for exchange in used) + sum(kept) + host + asked
 
 
 def _check_samples(request: CompressionRequest, tables: Sequence[TablePlan]) -> None:
@@ -166,7 +172,8 @@ def _by_table(
     exchange = ExchangeCompression(
         direction,
         uncompressed=_uncompressed_seconds(program, direction, traffic, calibration),
-        link=phase_seconds(PHASE_OF[direction], link, size, calibration),
+        link=posted_share(program.topology, calibration)
+        * phase_seconds(PHASE_OF[direction], link, size, calibration),
         coding=shared_seconds(coding, size, calibration.core_sharing) + latency,
         used=any(choice.codec != "none" for _, _, choice in picked),
     )

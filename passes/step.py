@@ -10,9 +10,15 @@ from cost_models.collective.planning import communication, dense_reduction
 from cost_models.collectives import network
 from cost_models.dense_prices import sharded_dense
 from cost_models.embedding import phase_overheads
-from cost_models.exchanged import exchanged_bytes
+from cost_models.exchanged import exchanged_bytes, packed_ids
 from cost_models.placed import rank_seconds, rank_tiers
-from cost_models.shared import framework_seconds, phase_seconds, second_exchanges, staging_seconds
+from cost_models.shared import (
+    framework_seconds,
+    phase_seconds,
+    posted_share,
+    second_exchanges,
+    staging_seconds,
+)
 from cost_models.step import DenseReduction, step_timeline
 from ir.plan import Assumption
 from ir.program import Program
@@ -36,6 +42,9 @@ class StepTimeline:
             phase: phase_seconds(phase, seconds, topology.host_size, calibration)
             for phase, seconds in rank_seconds(program.tables, topology, workload, calibration, mode).items()
         }
+        if _own_exchange(program):
+            slowest["input_dist"] *= packed_ids(program.tables, topology, workload)
+            slowest["input_dist"] *= posted_share(topology, calibration)
         overheads = phase_overheads(topology, workload, calibration, mode)
         kinds = {table.sharding_type for table in program.tables}
         again = second_exchanges(kinds, topology, network(topology, calibration).latency)
@@ -49,7 +58,7 @@ class StepTimeline:
             calibration,
             mode,
             program.decisions.formats,
-            _fetch_seconds(program, calibration),
+            fetch_seconds(program, calibration),
             sharded_dense(program.decisions.dense, topology, calibration, workload)
             or _reduction(program, calibration),
             _host_seconds(program, calibration),
@@ -57,15 +66,17 @@ class StepTimeline:
         return replace(program, timeline=timeline, assumptions=assumptions(program, calibration))
 
 
+def _own_exchange(program: Program) -> bool:
+    """Whether vectors travel by the compressed exchange instead of TorchRec."""
+    section = program.decisions.compression
+    return section is not None and section.engine == "exchange" and any(e.used for e in section.exchanges)
+
+
 def _host_seconds(program: Program, calibration: Calibration) -> float:
     """Seconds of the framework, and on a CPU of its copies of what is exchanged."""
     tables, topology = program.tables or (), program.topology
-    section = program.decisions.compression
-    compressed = (
-        section is not None and section.engine == "exchange" and any(e.used for e in section.exchanges)
-    )
     types = len({table.sharding_type for table in tables} - {"data_parallel"})
-    seconds = framework_seconds(len(tables), types, calibration, compressed)
+    seconds = framework_seconds(len(tables), types, calibration, _own_exchange(program))
     if topology.device.kind != "cpu" or topology.world_size == 1:
         return seconds
     moved = exchanged_bytes(tables, topology, program.workload)
@@ -87,7 +98,7 @@ def _reduction(program: Program, calibration: Calibration) -> DenseReduction | N
     )
 
 
-def _fetch_seconds(program: Program, calibration: Calibration) -> float:
+def fetch_seconds(program: Program, calibration: Calibration) -> float:
     """Seconds a step that the busiest memory tier (or host link) of any rank needs for its rows."""
     request = program.options.constraints.tiers
     if request is None or program.tables is None:

@@ -16,13 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codegen.runtime.compressed_all_to_all import PLAIN, Exchange, Rule, Traffic
-from codegen.runtime.compressed_lookup import FusedTables, Ids, Update
+from codegen.runtime.compressed_lookup import FusedTables, Update
+from codegen.runtime.ids_wire import Ids, pack, unpack
+from codegen.runtime.posted import all_to_all
 from ir.compression import Compression, Direction
 from ir.errors import InputError
 from ir.plan import EVERY_RANK, Plan, TablePlan
@@ -132,8 +135,8 @@ class ShardedEmbeddings(nn.Module):
         self.copies = tuple(piece for piece in pieces if piece.rank == EVERY_RANK)
         self.features = tuple(dict.fromkeys(f for piece in pieces for f in piece.features))
         _one_table_a_feature(pieces)
-        # ids of 8 bytes would be most of what a compressed exchange of narrow tables carries
-        self.index_type = torch.int32 if all(p.rows < 2**31 for p in pieces) else torch.int64
+        # of each rank the features that its pieces look up, each once, with the rows of their tables
+        self._wanted = [{f: piece.rows for piece in row for f in piece.features} for row in self.by_rank]
         self.weights = nn.ParameterDict(
             {p.key: _weight(p, weights) for p in (*self.by_rank[self.rank], *self.copies)}
         )
@@ -236,23 +239,20 @@ class ShardedEmbeddings(nn.Module):
 
     def _exchange_ids(self, ids: Mapping[str, Ids], samples: int) -> list[tuple[int, dict[str, Ids]]]:
         """Of each rank its number of samples and what it asks of this one's tables."""
-        wanted = [_features(pieces) for pieces in self.by_rank]
         parts = [
-            torch.cat([t for f in names for t in (ids[f][1].long(), ids[f][0])] or [_NOTHING])
-            for names in wanted
+            [data for f, rows in wanted.items() for data in pack(ids[f], rows, f)] for wanted in self._wanted
         ]
-        sizes = torch.tensor([[samples, len(part)] for part in parts], dtype=torch.int64)
+        given = torch.from_numpy(np.concatenate([data for row in parts for data in row] or [_NOTHING]))
+        sizes = torch.tensor([[samples, sum(map(len, row))] for row in parts], dtype=torch.int64)
         told = torch.empty_like(sizes)
         dist.all_to_all_single(told, sizes, group=self.group)
         lengths: list[int] = told[:, 1].tolist()
-        given = _narrowed(torch.cat(parts), self.index_type)
-        received = torch.empty(sum(lengths), dtype=given.dtype)
-        dist.all_to_all_single(received, given, lengths, sizes[:, 1].tolist(), group=self.group)
-        received = received.long()
+        received = torch.empty(sum(lengths), dtype=torch.uint8)
+        all_to_all(received, given, lengths, sizes[:, 1].tolist(), self.group, _IDS).wait()
         counts: list[int] = told[:, 0].tolist()
-        mine = wanted[self.rank]
+        mine = self._wanted[self.rank]
         return [
-            (count, _asked(part, mine, count))
+            (count, dict(zip(mine, unpack(part.numpy(), count, list(mine.values())), strict=True)))
             for count, part in zip(counts, torch.split(received, lengths), strict=True)
         ]
 
@@ -265,36 +265,8 @@ class ShardedEmbeddings(nn.Module):
         return [self.weights[piece.key] for piece in self.copies]
 
 
-_NOTHING = torch.empty(0, dtype=torch.int64)
-
-
-def _narrowed(ids: Tensor, index_type: torch.dtype) -> Tensor:
-    """Ids in the type they travel in; raises InputError for one that no table of that many rows has."""
-    narrow = ids.to(index_type)
-    if not torch.equal(narrow.long(), ids):
-        raise InputError(f"an id of the batch is {int(ids.abs().max())}, beyond the rows of every table")
-    return narrow
-
-
-def _features(pieces: Sequence[Piece]) -> list[str]:
-    """Features that a rank's pieces look up, each once."""
-    return list(dict.fromkeys(feature for piece in pieces for feature in piece.features))
-
-
-def _asked(part: Tensor, features: Sequence[str], samples: int) -> dict[str, Ids]:
-    """Feature -> (ids, lengths) of what one rank sent."""
-    found, at = {}, 0
-    for feature in features:
-        lengths = part[at : at + samples]
-        at += samples
-        count = int(lengths.sum())
-        found[feature] = (part[at : at + count], lengths)
-        at += count
-    if at != len(part):
-        raise InputError(
-            "ids and lengths that a rank received do not fit together; the ranks hold different plans"
-        )
-    return found
+_NOTHING = np.empty(0, np.uint8)
+_IDS = 5  # tag
 
 
 def _samples(ids: Mapping[str, Ids], features: Sequence[str]) -> int:

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from codegen.runtime.ids_wire import Ids
 from codegen.runtime.optimizers import ADAGRAD_EPS
 from ir.workload import Optimizer
 
 if TYPE_CHECKING:
     from codegen.runtime.compressed_exchange import Piece
-
-Ids = tuple[Tensor, Tensor]  # ids, and how many of them each sample has
 
 FUSED: tuple[Optimizer, ...] = ("sgd", "adagrad", "rowwise_adagrad")  # kernels that FBGEMM has on CPUs
 _COLUMNS = 4  # FBGEMM's rows are multiples of this many elements
