@@ -98,7 +98,7 @@ def across(topology: Topology, groups: int) -> Topology:
     return replace(topology, levels=tuple(reversed(levels)))
 
 
-def _group(program: Program, groups: int) -> Program:
+def group_program(program: Program, groups: int) -> Program:
     """One group as a program of its own, beside this program's dense part."""
     machine = group_topology(program.topology, groups)
     if program.workload.global_batch % groups:
@@ -135,16 +135,13 @@ def _weigh(program: Program, request: DenseRequest, calibration: Calibration) ->
     best: tuple[float, int, int, tuple[TablePlan, ...]] = (flat * (1 - WORTH), 1, 0, ())
     for groups in sorted(set(request.sparse_groups)):
         try:
-            placed = MemoryAccounting().run(Sharding(calibration).run(_group(program, groups)))
+            placed = MemoryAccounting().run(Sharding(calibration).run(group_program(program, groups)))
         except InfeasibleError:
             candidates.append(SparseCandidate(groups, None, None, None))
             continue
         assert placed.tables is not None
         assert placed.memory is not None
-        size = _synchronised(placed)
-        net = communication(across(program.topology, groups), calibration)
-        sync = net.ranked("all_reduce", size)[0].seconds if size else 0.0
-        step = _step(program, placed, calibration) + sync / request.sync_every
+        step, sync, size = group_seconds(program, placed, groups, request.sync_every, calibration)
         candidates.append(SparseCandidate(groups, step, sync, max(rank.total for rank in placed.memory)))
         if step < best[0]:
             best = (step, groups, size, placed.tables)
@@ -157,6 +154,24 @@ def _weigh(program: Program, request: DenseRequest, calibration: Calibration) ->
         tables=tuple(_in_group(table) for table in tables),
         candidates=tuple(candidates),
     )
+
+
+def group_seconds(
+    whole: Program, placed: Program, groups: int, sync_every: int, calibration: Calibration
+) -> tuple[float, float, int]:
+    """Seconds of a step, its share of a synchronisation included; seconds and bytes of one synchronisation.
+
+    Args:
+        whole: all ranks under the flat sharding, with its step.
+        placed: one group (:func:`group_program`) with its tables.
+        groups: how many.
+        sync_every: steps between two synchronisations.
+        calibration: constants.
+    """
+    size = _synchronised(placed)
+    net = communication(across(whole.topology, groups), calibration)
+    sync = net.ranked("all_reduce", size)[0].seconds if size else 0.0
+    return _step(whole, placed, calibration) + sync / sync_every, sync, size
 
 
 def _held(tables: tuple[TablePlan, ...]) -> int:

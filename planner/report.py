@@ -180,9 +180,14 @@ def _load(plan: Plan) -> dict[str, Any]:
 
 
 def _sensitivity(plan: Plan) -> list[list[Any]]:
+    """Name, seconds and rows of each of the plan's times."""
     from planner.assumptions import sensitivity
 
     try:
-        return [[row.name, row.value, row.worse, row.better] for row in sensitivity(plan)]
+        found = sensitivity(plan)
     except PlannerError:
         return []  # the model is not at hand: the report does without
+    return [
+        [name, seconds, [[row.name, row.value, row.worse, row.better] for row in found.of(name)]]
+        for name, seconds in found.seconds.items()
+    ]

@@ -118,7 +118,7 @@ class DiffAnswer:
 
 @dataclass(frozen=True, slots=True)
 class AssumptionRow:
-    """The step when an assumption is a tenth worse or better, seconds."""
+    """Seconds when an assumption is a tenth worse or better, and which: a key of the answer's ``seconds``."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -126,6 +126,7 @@ class AssumptionRow:
     value: str
     worse: float
     better: float
+    of: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ class SensitivityAnswer:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    step_seconds: float
+    seconds: dict[str, float]
     sensitivity: list[AssumptionRow]
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from planner.assumptions import Sensitivities
 
 
 @click.command()
@@ -28,7 +33,7 @@ def whatif(
     output: str | None,
     as_json: bool,
 ) -> None:
-    """Plan again with some inputs of PLAN changed; without --set, how the step depends on each assumption."""
+    """Plan again with some inputs of PLAN changed; without --set, how its seconds depend on each assumption."""
     from planner.cli import reports_errors
 
     reports_errors(_whatif)(
@@ -46,6 +51,7 @@ def _whatif(
     as_json: bool,
 ) -> None:
     import json
+    from dataclasses import asdict
 
     from planner.assumptions import sensitivity
     from planner.calibrate import load_calibration
@@ -62,10 +68,10 @@ def _whatif(
     if not settings:
         found = sensitivity(before, model=model, calibration=constants)
         if as_json:
-            rows = [{"name": s.name, "value": s.value, "worse": s.worse, "better": s.better} for s in found]
-            click.echo(json.dumps({"step_seconds": before.timeline.step, "sensitivity": rows}))
+            rows = [asdict(row) for row in found.rows]
+            click.echo(json.dumps({"seconds": found.seconds, "sensitivity": rows}))
         else:
-            show(_sensitivity_table(before, found))
+            show(_sensitivity_tables(found))
         return
     with search_progress(hidden=as_json) as shown:
         after = plan_again(
@@ -82,22 +88,26 @@ def _whatif(
             click.echo(f"\nwritten to {output}")
 
 
-def _sensitivity_table(plan: Any, found: Any) -> Any:
+def _sensitivity_tables(found: Sensitivities) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
     from ir.units import format_seconds
     from planner.render import grid, signed
 
-    step = plan.timeline.step
-    table = grid("assumption", ">value", ">10 % worse", ">10 % better")
-    without = []
-    for row in found:
-        worse, better = signed(row.worse - step), signed(row.better - step)
-        if worse == better == "0":
-            without.append(row.name)
-        else:
-            table.add_row(row.name, row.value, worse, better)
-    head = f"modelled step {format_seconds(step)}: what a tenth of each assumption does, plan unchanged"
-    rest = [Text(f"no effect: {', '.join(without)}", style="dim")] if without else []
-    return Group(Text(head, style="bold"), table, *rest)
+    parts: list[RenderableType] = []
+    for name, seconds in found.seconds.items():
+        table = grid("assumption", ">value", ">10 % worse", ">10 % better")
+        without = []
+        for row in found.of(name):
+            worse, better = signed(row.worse - seconds), signed(row.better - seconds)
+            if worse == better == "0":
+                without.append(row.name)
+            else:
+                table.add_row(row.name, row.value, worse, better)
+        head = (
+            f"modelled {name} {format_seconds(seconds)}: what a tenth of each assumption does, plan unchanged"
+        )
+        rest = [Text(f"no effect: {', '.join(without)}", style="dim")] if without else []
+        parts += [Text("\n" * bool(parts) + head, style="bold"), table, *rest]
+    return Group(*parts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ from cost_models.calibration import default_calibration
 from cost_models.embedding import phase_overheads
 from cost_models.placed import rank_seconds
 from ir.collective_plan import CollectiveRequest
+from ir.compression import CompressionRequest
+from ir.dense_plan import DenseRequest
 from ir.errors import InputError
+from ir.serving import ServingRequest
+from planner.assumption_prices import priced
 from planner.assumptions import sensitivity
 from planner.cli import cli
 from planner.what_if import Inputs, change, parse_settings, whatif
@@ -116,7 +122,7 @@ def test_sensitivity_is_the_step_of_the_same_plan_on_a_changed_machine(
     if bucket is not None:
         limits = planner.Constraints(collectives=CollectiveRequest(bucket_bytes=bucket))
         plan = planner.compile("dlrm-dcnv2", plan.topology, constraints=limits, time_limit=WORK)
-    found = {row.name: row for row in sensitivity(plan)}
+    found = {row.name: row for row in sensitivity(plan).rows}
     for row in found.values():
         assert row.worse >= plan.timeline.step * (1 - 1e-12) >= row.better * (1 - 2e-12)
     slow = found["link.cluster"]
@@ -143,7 +149,7 @@ def test_command_line(plan: planner.Plan, tmp_path: Path) -> None:
 
 def test_decoders_are_sensitive_to_their_matrix_products_most() -> None:
     plan = planner.compile("llama3-8b", "h100-8x8")
-    found = {row.name: row for row in sensitivity(plan)}
+    found = {row.name: row for row in sensitivity(plan).rows}
     gemm = found["gemm_efficiency"]
     section = plan.decisions.parallelism
     assert section is not None
@@ -151,3 +157,48 @@ def test_decoders_are_sensitive_to_their_matrix_products_most() -> None:
     assert gemm.worse - plan.timeline.step == pytest.approx(section.seconds["gemm"] / 9, rel=0.15)
     assert next(iter(found)) == "gemm_efficiency"
     assert all(row.worse >= plan.timeline.step * (1 - 1e-12) for row in found.values())
+
+
+def slow(machine: str, bandwidth: float) -> planner.Topology:
+    """A machine with so slow a network that exchanges are not hidden."""
+    made = planner.topology(machine)
+    level = replace(made.levels[-1], link=replace(made.inter_link, bandwidth=bandwidth))
+    return replace(made, levels=(*made.levels[:-1], level))
+
+
+def grouped(share: float = 1.0) -> planner.Plan:
+    """Tables in one group a host."""
+    limits = planner.Constraints(dense=DenseRequest(strategies=("ddp",), sparse_groups=(2,), sync_every=50))
+    made = planner.compile("dlrm-small", slow("h100-2x4", share * 1e9), constraints=limits, time_limit=WORK)
+    assert made.decisions.dense is not None
+    assert made.decisions.dense.sparse is not None
+    assert made.decisions.dense.sparse.groups == 2
+    return made
+
+
+def coded(share: float = 1.0) -> planner.Plan:
+    limits = planner.Constraints(compression=CompressionRequest())
+    return planner.compile("dlrm-small", slow("h100-2x4", share * 1e9), constraints=limits, time_limit=WORK)
+
+
+def served(share: float = 1.0) -> planner.Plan:
+    """A ring across hosts, beside a cached prefix."""
+    limits = planner.Constraints(serving=ServingRequest(new=8000, cached=64000, context=2, tensor=8))
+    return planner.compile("llama3-70b", slow("h100-2x8", share * 1e9), mode="inference", constraints=limits)
+
+
+@pytest.mark.parametrize("make", [grouped, coded, served], ids=lambda make: make.__name__)
+def test_other_kinds_are_priced_as_planning_them_again_does(make: Callable[..., planner.Plan]) -> None:
+    """As planned, and with a slower network under which everything is decided alike."""
+    made, again = make(), make(0.9)
+    base, price, seconds = priced(made)
+    assert price(made.topology, base) == pytest.approx(seconds, rel=1e-12)
+    found, slower = sensitivity(made), priced(again)[2]
+    for name, whole in seconds.items():
+        rows = {row.name: row for row in found.of(name)}
+        assert len(rows) > 5
+        for row in rows.values():
+            assert row.worse >= whole * (1 - 1e-12) >= row.better * (1 - 2e-12)
+        link = rows[f"link.{made.topology.levels[-1].name}"]
+        assert link.worse == pytest.approx(slower[name], rel=1e-12)
+    assert any(slower[name] > 1.01 * whole for name, whole in seconds.items())

@@ -64,17 +64,20 @@ function measured(M, modelled, span, apart) {
 }
 
 function tornado() {
-  const rows = D.sensitivity.filter(r => r[2] - r[3] > D.step * 1e-5).slice(0, 14);
-  if (!rows.length) { $("sensitive").remove(); return; }
-  const W = 1180, lane = 24, left = 330, H = rows.length * lane + 24, most = Math.max(...rows.flatMap(r => [r[2] - D.step, D.step - r[3]])), mid = left + (W - left) / 2, x = s => mid + (s - D.step) / most * (W - left - 160) / 2;
-  const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "sensitivity of the step" }, $("tornado"));
-  rows.forEach(([name, value, worse, better], i) => {
-    const y = i * lane + 4;
-    text(0, y + 13, `${name} (${value})`, root);
-    svg("rect", { x: x(better), y, width: Math.max(1, mid - x(better)), height: lane - 8, fill: colour(2) }, root, `10 % better: ${time(better)}`);
-    svg("rect", { x: mid, y, width: Math.max(1, x(worse) - mid), height: lane - 8, fill: "var(--crit)" }, root, `10 % worse: ${time(worse)}`);
-    if (worse - D.step > D.step * 1e-5) text(x(worse) + 5, y + 12, `+${time(worse - D.step)}`, root, { class: "dim" });
-    if (D.step - better > D.step * 1e-5) text(x(better) - 5, y + 12, `-${time(D.step - better)}`, root, { class: "dim", "text-anchor": "end" });
-  });
-  svg("line", { x1: mid, x2: mid, y1: 0, y2: H - 20, class: "axis" }, root); text(mid, H - 5, `step ${time(D.step)}`, root, { class: "dim", "text-anchor": "middle" });
+  const parts = D.sensitivity.map(([name, base, rows]) => [name, base, rows.filter(r => r[2] - r[3] > base * 1e-5).slice(0, 14)]).filter(p => p[2].length);
+  if (!parts.length) { $("sensitive").remove(); return; }
+  for (const [name, base, rows] of parts) {
+    if (parts.length > 1) html("h3", $("tornado"), name);
+    const W = 1180, lane = 24, left = 330, H = rows.length * lane + 24, most = Math.max(...rows.flatMap(r => [r[2] - base, base - r[3]])), mid = left + (W - left) / 2, x = s => mid + (s - base) / most * (W - left - 160) / 2;
+    const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `sensitivity of the ${name}` }, $("tornado"));
+    rows.forEach(([label, value, worse, better], i) => {
+      const y = i * lane + 4;
+      text(0, y + 13, `${label} (${value})`, root);
+      svg("rect", { x: x(better), y, width: Math.max(1, mid - x(better)), height: lane - 8, fill: colour(2) }, root, `10 % better: ${time(better)}`);
+      svg("rect", { x: mid, y, width: Math.max(1, x(worse) - mid), height: lane - 8, fill: "var(--crit)" }, root, `10 % worse: ${time(worse)}`);
+      if (worse - base > base * 1e-5) text(x(worse) + 5, y + 12, `+${time(worse - base)}`, root, { class: "dim" });
+      if (base - better > base * 1e-5) text(x(better) - 5, y + 12, `-${time(base - better)}`, root, { class: "dim", "text-anchor": "end" });
+    });
+    svg("line", { x1: mid, x2: mid, y1: 0, y2: H - 20, class: "axis" }, root); text(mid, H - 5, `${name} ${time(base)}`, root, { class: "dim", "text-anchor": "middle" });
+  }
 }
