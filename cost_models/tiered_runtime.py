@@ -191,6 +191,8 @@ class Run(Protocol):
     @property
     def fetched(self) -> float: ...
     @property
+    def pages_read(self) -> float: ...
+    @property
     def main(self) -> float: ...
     @property
     def fetch(self) -> float: ...
@@ -221,7 +223,8 @@ class RuntimeRates:
     Attributes:
         reads, writes: of block files, by page size, ascending.
         beside: how many times longer a fetch takes beside the step that it overlaps.
-        main_cold: what a step takes longer after its rows were waited for: the processor's caches hold others.
+        main_cold, main_page: what a step takes longer after its rows were waited for, and for each page that came
+            by: the processor's caches hold others.
     """
 
     reads: tuple[Curve, ...]
@@ -232,20 +235,22 @@ class RuntimeRates:
     main_row: float
     main_element: float  # a column of a distinct row
     main_cold: float
+    main_page: float
     fetch_step: float
     fetch_id: float
+    fetch_distinct: float  # a distinct row, fetched or not
     fetch_row: float  # a row that is fetched
     fetch_element: float  # a column of it
 
     def main(self, traffic: BatchTraffic, dim: int) -> float:
         """Seconds of forward, backward and update of a batch in memory."""
         row = self.main_row + self.main_element * dim
-        cold = self.main_cold * min(1.0, traffic.pages_read)
+        cold = self.main_cold * min(1.0, traffic.pages_read) + self.main_page * traffic.pages_read
         return self.main_step + self.main_id * traffic.ids + row * traffic.distinct + cold
 
     def fetch(self, traffic: BatchTraffic, dim: int) -> float:
         """Seconds until the missing rows of a batch are in memory."""
-        seconds = self.fetch_step + self.fetch_id * traffic.ids
+        seconds = self.fetch_step + self.fetch_id * traffic.ids + self.fetch_distinct * traffic.distinct
         seconds += (self.fetch_row + self.fetch_element * dim) * traffic.fetched
         for block in traffic.blocks:
             seconds += _between(self.reads, block.page_bytes, block.fetched)
@@ -268,8 +273,8 @@ def _between(curves: Sequence[Curve], page_bytes: int, pages: float) -> float:
 def fit(device: Sequence[Point], runs: Sequence[Run]) -> RuntimeRates:
     """Constants from a calibration: curves as measured, the rest by least squares of relative errors.
 
-    The runs on block files only give ``main_cold`` and ``beside``, from pairs with and without prefetch; how
-    long they fetch is left to judge the curves by.
+    The runs on block files only give ``main_cold``, ``main_page`` and ``beside``, from pairs with and without
+    prefetch; how long they fetch is left to judge the curves by.
 
     Raises:
         InputError: too few points or runs.
@@ -279,11 +284,11 @@ def fit(device: Sequence[Point], runs: Sequence[Run]) -> RuntimeRates:
     if len(quiet) < 6 or not device:
         raise InputError(f"{len(quiet)} calibration runs are too few; measure every kind at several sizes")
     main = _nonnegative(
-        [[1.0, r.ids, r.distinct, r.distinct * r.dim, float(r.kind == "block")] for r in alone],
+        [[1.0, r.ids, r.distinct, r.distinct * r.dim, float(r.kind == "block"), r.pages_read] for r in alone],
         [r.main for r in alone],
     )
     fetch = _nonnegative(
-        [[1.0, r.ids, r.fetched, r.fetched * r.dim] for r in quiet], [r.fetch for r in quiet]
+        [[1.0, r.ids, r.distinct, r.fetched, r.fetched * r.dim] for r in quiet], [r.fetch for r in quiet]
     )
     ratios = [
         later.fetch / first.fetch for first, later in itertools.pairwise(runs) if later.depth > first.depth

@@ -96,6 +96,7 @@ class Run:
     ids: float
     distinct: float
     fetched: float
+    pages_read: float
     main: float
     fetch: float
 
@@ -119,15 +120,19 @@ def machine() -> tuple[list[Point], list[Run]]:
     runs = []
     for dim in (16, 64):
         for kind in ("ram", "mapped", "block"):
-            for ids in (4096.0, 1024.0, 256.0, 64.0):
-                distinct = 0.9 * ids
-                fetched = 0.0 if kind == "ram" else 0.7 * ids
-                main = 3e-4 + 2e-7 * ids + (1e-7 + 2e-9 * dim) * distinct + 5e-4 * (kind == "block")
-                fetch = 1e-4 + 1e-7 * ids + (3e-7 + 1e-9 * dim) * fetched
-                runs.append(Run(kind, dim, 0, False, ids, distinct, fetched, main, fetch))
+            for ids, share in ((4096.0, 0.97), (1024.0, 0.98), (4096.0, 0.25), (256.0, 1.0), (64.0, 1.0)):
+                distinct = share * ids
+                fetched = 0.0 if kind == "ram" else 0.7 * distinct
+                main = 3e-4 + 2e-7 * ids + (1e-7 + 2e-9 * dim) * distinct
+                pages = 1.5 * fetched if kind == "block" else 0.0
+                main += 1e-4 * (kind == "block") + 2e-7 * pages
+                fetch = 1e-4 + 1e-7 * ids + 2e-7 * distinct + (3e-7 + 1e-9 * dim) * fetched
+                runs.append(Run(kind, dim, 0, False, ids, distinct, fetched, pages, main, fetch))
                 if kind == "block":  # pairs with layers behind the bag, without and with prefetch
-                    runs.append(Run(kind, dim, 0, True, ids, distinct, fetched, main + 0.01, fetch))
-                    runs.append(Run(kind, dim, 2, True, ids, distinct, fetched, main + 0.02, 1.3 * fetch))
+                    runs.append(Run(kind, dim, 0, True, ids, distinct, fetched, pages, main + 0.01, fetch))
+                    runs.append(
+                        Run(kind, dim, 2, True, ids, distinct, fetched, pages, main + 0.02, 1.3 * fetch)
+                    )
     return points, runs
 
 
@@ -135,8 +140,8 @@ def test_a_fit_finds_the_machine_it_was_measured_on() -> None:
     rates = fit(*machine())
     found = expected_traffic(shares(1.0), IDS, [FileRange("block", ROWS, 7, 4096)], 900, "lru")
     (block,) = found.blocks
-    main = 3e-4 + 2e-7 * IDS + (1e-7 + 2e-9 * 32) * found.distinct + 5e-4
-    fetch = 1e-4 + 1e-7 * IDS + (3e-7 + 1e-9 * 32) * found.fetched + 3e-4
+    main = 3e-4 + 2e-7 * IDS + (1e-7 + 2e-9 * 32) * found.distinct + 1e-4 + 2e-7 * found.pages_read
+    fetch = 1e-4 + 1e-7 * IDS + 2e-7 * found.distinct + (3e-7 + 1e-9 * 32) * found.fetched + 3e-4
     fetch += 1e-5 * (block.fetched + block.completed) + 2e-5 * block.fetched
     assert rates.main(found, 32) == pytest.approx(main, rel=0.02)
     assert rates.fetch(found, 32) == pytest.approx(fetch, rel=0.02)

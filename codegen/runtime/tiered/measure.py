@@ -1,7 +1,7 @@
 """Measures what a tiered table costs on this machine, and what a given stream of batches really takes.
 
 :func:`device_points` measures the device (seconds of so many random pages, asked for together),
-:func:`calibration_runs` the work around it on uniform random batches of several sizes;
+:func:`calibration_runs` the work around it on random batches of several sizes, with and without repeated ids;
 ``cost_models/tiered_runtime.py`` takes its constants from both. :func:`run` measures one configuration. Times are
 means, without the tenth at either end, since the means of parts add up to that of the whole.
 """
@@ -30,9 +30,10 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 ROWS = 60_000  # of a scratch table: several times what the processor's caches hold
 CACHE = 6000  # rows of its cache: more than a batch has, few enough to be full of changed rows soon
-SIZES = ((512, 8), (512, 2), (128, 2), (32, 2))  # bags and ids a bag of the batches
+# bags, ids a bag and how often a batch repeats its rows: only with repeats do ids and distinct rows cost apart
+SIZES = ((512, 8, 1), (512, 2, 1), (512, 8, 4), (128, 2, 1), (128, 8, 4), (32, 2, 1))
 WARM, TIMED = 5, 15  # batches of a calibration run
-BESIDE = ((512, 2), (256, 2))  # those that are also run with batches prefetched: three must fit the cache
+BESIDE = ((512, 2, 1), (256, 2, 1))  # also run with batches prefetched: three must fit the cache
 DIMS = (16, 64)
 KINDS: tuple[Kind, ...] = ("ram", "mapped", "block")
 SCRATCH = 1 << 25  # bytes of the file that device_points asks pages of, both places of each
@@ -188,13 +189,21 @@ def _device(where: Path, page_bytes: int) -> Iterator[DevicePoint]:
         file.close()
 
 
-def _uniform(bags: int, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches of ``bags`` bags of ``length`` ids, each row of a scratch table as likely as any other."""
-    random = torch.Generator().manual_seed(bags * length)
+def _random(bags: int, length: int, repeats: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches of ``bags`` bags of ``length`` ids, each drawn from as many rows of a scratch table, chosen anew.
+
+    With ``repeats`` above 1 from fewer rows by that factor: a row is then drawn that often on average.
+    """
+    random = torch.Generator().manual_seed(bags * length + repeats)
     offsets = torch.arange(0, bags * length, length)
-    return [
-        (torch.randint(0, ROWS, (bags * length,), generator=random), offsets) for _ in range(WARM + TIMED)
-    ]
+    count = bags * length
+    made = []
+    for _ in range(WARM + TIMED):
+        ids = torch.randint(0, ROWS, (count,), generator=random)
+        if repeats > 1:
+            ids = ids[torch.randint(0, count // repeats, (count,), generator=random)]
+        made.append((ids, offsets))
+    return made
 
 
 def _runs(where: Path, dim: int, kind: Kind, optimizer: Optimizer) -> Iterator[Sample]:
@@ -203,14 +212,14 @@ def _runs(where: Path, dim: int, kind: Kind, optimizer: Optimizer) -> Iterator[S
         folder, ROWS, dim, (Range(kind, ROWS, 4096),), optimizer=optimizer, cache_rows=CACHE
     )
     # large batches first: they fill the cache with changed rows, so that later ones write back
-    for bags, length in SIZES:
-        yield run(bag, _uniform(bags, length), WARM)
+    for size in SIZES:
+        yield run(bag, _random(*size), WARM)
     if kind == "block":
         layers = nn.Sequential(
             nn.Linear(dim, 512), nn.ReLU(), nn.Linear(512, 512)
         )  # something to fetch beside
         for size in BESIDE:
             for depth in (0, 2):
-                yield run(bag, _uniform(*size), WARM, depth, dense=layers)
+                yield run(bag, _random(*size), WARM, depth, dense=layers)
     bag.close()
     shutil.rmtree(folder)
