@@ -39,6 +39,9 @@ NonFinite = Literal["ieee", "nan_block"]
 
 E8M0_BIAS = 127  # OCP MX v1.0, section 5.4.1: scale = 2^(byte - 127)
 E8M0_NAN = 255  # OCP MX v1.0, section 5.4.1; every element of such a block is NaN
+# elements of a block and bytes that rows are padded to: hundreds of times what any format in use has, and small
+# enough that a short row can be padded to it
+MAX_BLOCK = 1 << 16
 LLAMA3_SCALE_BOUND = 1200.0  # Llama 3, arXiv 2407.21783, section 6.2
 
 
@@ -121,8 +124,8 @@ class Format:
         bound = self.scale_bound
         if bound is not None and not 0 < bound < float("inf"):
             raise InputError(f"format {self.base}: bound={bound:g} must be positive and finite")
-        if self.row_alignment < 1:
-            raise InputError(f"format {self.base}: align={self.row_alignment} must be at least 1 byte")
+        if not 1 <= self.row_alignment <= MAX_BLOCK:
+            raise InputError(f"format {self.base}: align={self.row_alignment} must be 1 to {MAX_BLOCK} bytes")
 
     @property
     def element(self) -> Element:
@@ -237,8 +240,8 @@ def _apply(format: Format, option: str) -> tuple[str, Format]:
         return key, replace(format, axis=_integer(option, value))
     if key == "block" and format.granularity == "block":
         size = _integer(option, value)
-        if size < 1:
-            raise InputError(f"number format option {option!r}: a block has at least 1 element")
+        if not 1 <= size <= MAX_BLOCK:
+            raise InputError(f"number format option {option!r}: a block has 1 to {MAX_BLOCK} elements")
         return key, replace(format, block=size)
     if key == "bound" and format.scale == "fp32":
         try:

@@ -432,6 +432,13 @@ def test_empty_tensors_stay_empty(name: str) -> None:
         assert packed.dequantize().shape == shape
 
 
+def test_a_tensor_without_values_keeps_its_shape() -> None:
+    y = fake_quantize(torch.empty(3, 5, device="meta", dtype=torch.bfloat16), "mx9")
+    assert (y.shape, y.dtype, y.device.type) == ((3, 5), torch.bfloat16, "meta")
+    with pytest.raises(InputError, match="no values"):
+        quantize(y, "mx9")
+
+
 def test_what_cannot_be_quantised_is_refused_in_one_sentence() -> None:
     x = torch.randn(2, 3)
     for call in (fake_quantize, quantize):

@@ -45,7 +45,7 @@ def fake_quantize(x: Tensor, format: str | Format, axis: int | None = None) -> T
 def _fake_quantize(x: Tensor, format: str, axis: int) -> Tensor:
     # A custom op: torch.compile, torch.export and fx see one node with a shape, not ctypes calls.
     spec = parse_format(format)
-    if x.numel() == 0:
+    if x.numel() == 0 or x.is_meta:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     if spec.granularity == "element":
         return x.to(IEEE_DTYPES[spec.base]).to(x.dtype, copy=True).contiguous()

@@ -96,6 +96,8 @@ def quantize(x: Tensor, format: str | Format, axis: int | None = None) -> Quanti
     """
     format = parse_format(format)
     axis = check_tensor(x, format.axis if axis is None else axis)
+    if x.is_meta:
+        raise InputError("a tensor on the meta device has no values to quantise; materialise it first")
     moved = x.detach().movedim(axis, -1)
     if format.granularity == "element":
         return Quantized(format, x.shape, axis, x.dtype, moved.to(IEEE_DTYPES[format.base]))
