@@ -40,8 +40,8 @@ SPARE = 2.0  # distinct rows of a batch over the mean that the workload states: 
 def composes(plan: Plan, device: str = "cpu") -> bool:
     """Whether the plan needs :func:`composed_model`: no single runtime does all that it decides.
 
-    Towers with anything beside them, tables in tiers (on CPUs; TorchRec has them on GPUs), or the compressed exchange
-    beside deduplication or formats.
+    Towers with anything beside them (a dense part that is split over ranks too), tables in tiers (on CPUs; TorchRec has
+    them on GPUs), or the compressed exchange beside deduplication, formats or a split dense part.
     """
     decided = plan.decisions
     towers = decided.towers is not None and decided.towers.applied
@@ -50,8 +50,9 @@ def composes(plan: Plan, device: str = "cpu") -> bool:
         decided.dedup is not None and bool(decided.dedup.chosen),
         decided.formats is not None,
         _bounded(plan) or (plan.workload.exchange_dtype != WIDE and towers),
+        decided.dense is not None and (decided.dense.shard > 1 or decided.dense.tensor > 1),
     ]
-    return tiers or (towers and any(others)) or (_bounded(plan) and any(others[:2]))
+    return tiers or (towers and any(others)) or (_bounded(plan) and any((others[0], others[1], others[3])))
 
 
 def _bounded(plan: Plan) -> bool:
@@ -123,8 +124,7 @@ class Transport:
 
         if self.section is None:
             return PLAIN if self.dtype == WIDE else Rule(self.dtype)  # type: ignore[arg-type]
-        table = self.table_of.get(name)  # none for modules, whose vectors nobody has measured
-        decided = None if table is None else self.section.of(table, direction)
+        decided = self.section.of(self.table_of.get(name, name), direction)
         if decided is None or not self.section.uses(direction):
             return PLAIN
         factor = 1.0 if step is None else self.section.decay.factor(step)

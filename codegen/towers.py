@@ -27,7 +27,7 @@ from codegen.runtime.towers.sptt import TowerLookup, make_groups
 from ir.capture_trace import PlannerTracer
 from ir.errors import InputError
 from ir.plan import Plan
-from ir.towers import TowerDecision
+from ir.towers import TowerDecision, sent_name
 from ir.workload import Optimizer
 
 LOOKUP = "tower_lookup"  # name of the module that replaces the flat lookup
@@ -132,7 +132,7 @@ def replace_lookup(graph: torch.fx.GraphModule, lookup: torch.fx.Node, movable: 
     graph.graph.erase_node(lookup)
     for moved in movable:
         with graph.graph.inserting_before(moved.node):
-            part = graph.graph.call_function(operator.getitem, (new, f"tower {moved.tower}"))
+            part = graph.graph.call_function(operator.getitem, (new, sent_name(moved.tower)))
             shape = (moved.module.out, moved.module.dim_out)
             vectors = graph.graph.call_method("unflatten", (part, 1, shape))
         moved.node.replace_all_uses_with(vectors)

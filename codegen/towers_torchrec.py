@@ -30,7 +30,7 @@ from codegen.towers import (
 )
 from ir.errors import InputError
 from ir.plan import Plan, TablePlan
-from ir.towers import TowerDecision
+from ir.towers import TowerDecision, sent_name
 from ir.workload import Optimizer
 
 
@@ -58,7 +58,7 @@ class _Named(nn.Module):
         """``KeyedJaggedTensor`` to ``"tower N"`` -> (B, columns)."""
         out = self.towers(ids)
         whole = out.wait() if hasattr(out, "wait") else out
-        return {f"tower {n}": part for n, part in enumerate(torch.split(whole, self.widths, dim=1))}
+        return {sent_name(n): part for n, part in enumerate(torch.split(whole, self.widths, dim=1))}
 
 
 def unfit(plan: Plan) -> str:

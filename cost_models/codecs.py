@@ -12,7 +12,9 @@ lz              B ceil(log2(1 + u)) / 8 + 4 u d
 
 bytes, plus the headers and tables of the layout (``codegen.runtime.codecs.portable``). u at other sizes than
 those sampled is read off a straight line in log u over log B. Entropies, ranges and homogenisation come from
-samples of real vectors; for a normal distribution H = log2(sigma sqrt(2 pi e) / (2 bound)).
+samples of real vectors. Vectors that nobody has measured are priced at the most that H can be
+(:func:`unmeasured`): no distribution of the same mean square has more entropy than the normal one, for which
+H = log2(sigma sqrt(2 pi e) / (2 bound)).
 
 Compressing a message of S bytes over a link of bandwidth w pays when
 
@@ -33,6 +35,7 @@ from ir.compression import (
     BoundSample,
     CodecName,
     CodecSpeed,
+    Direction,
     EmbeddingSample,
     SizeSample,
     fixed_row_bytes,
@@ -67,6 +70,50 @@ def repetition(sample: EmbeddingSample, rows: float) -> SizeSample:
         min(max(distinct, 1.0), max(rows, 1)),
         max(0.0, low.reference_bits + part * (high.reference_bits - low.reference_bits)),
         max(0.0, low.reference_table + part * (high.reference_table - low.reference_table)),
+    )
+
+
+# what a vector of any distribution can cost: entropies of _BOUNDS, half a bit apart; 352 tokens of two bytes in the
+# table of frequencies (codegen.runtime.codecs.portable: ALPHABET); codes as wide as the floats themselves
+_BOUNDS = tuple(2.0 ** (half / 2) for half in range(-28, 3))
+_LARGEST_TABLE, _WIDEST = 704.0, 32.0
+_MANY = 2**30  # vectors of a message, all of them different
+_ROUNDING = {"bf16": 2.0**-16}  # 8 significant bits at any magnitude; fp16 would lose small gradients
+
+
+def unmeasured(name: str, direction: Direction, dim: int) -> EmbeddingSample:
+    """What is known of vectors of ``dim`` columns of which there is no sample: the most that codes of them can take.
+
+    Entropy of a code x / (2 bound) rounded, of elements with a mean square of 1: that of the sum of x and an error
+    uniform within the bound, at most the normal's, log2(2 pi e (1 + bound^2 / 3)) / 2 - log2(2 bound) (T. Cover and
+    J. Thomas, Elements of Information Theory, theorem 8.6.5). Errors are taken as uniform within the bound. Nothing
+    repeats. Of the fixed-rate codecs the one whose error does not depend on how large elements are.
+    """
+    bounds = []
+    for bound in _BOUNDS:
+        entropy = math.log2(2 * math.pi * math.e * (1 + bound**2 / 3)) / 2 - math.log2(2 * bound)
+        bounds.append(
+            BoundSample(
+                bound=bound,
+                entropy=max(0.0, entropy),
+                literal_entropy=max(0.0, entropy),
+                width=_WIDEST,
+                homogenisation=0.0,
+                error=bound**2 / 3,
+                table=_LARGEST_TABLE,
+                literal_table=_LARGEST_TABLE,
+            )
+        )
+    return EmbeddingSample(
+        table=name,
+        direction=direction,
+        dim=dim,
+        rms=1.0,
+        largest=0.0,
+        sizes=(SizeSample(1, 1.0, 0.0), SizeSample(_MANY, float(_MANY), 0.0)),
+        bounds=tuple(bounds),
+        fixed_error=_ROUNDING,
+        origin="not measured: the most that vectors of any distribution take",
     )
 
 

@@ -1,4 +1,4 @@
-"""Seconds of a step in tower form: the exchange in two steps, tower modules, and the timeline.
+"""Seconds of the phases of a step in tower form: the exchange in two steps, and tower modules.
 
 Symbols as in :mod:`cost_models.embedding`; T towers of G ranks on k hosts each, W ranks, x bytes of an
 element on the wire, D columns of a vector, V_t and O_t columns of tower t before and after its module.
@@ -32,16 +32,11 @@ import numpy.typing as npt
 from cost_models.calibration import Calibration
 from cost_models.collectives import Network, all_reduce, all_to_all, network
 from cost_models.compute import BACKWARD_FACTOR, gemm_seconds, stream_seconds
-from cost_models.gemm_formats import format_seconds
 from cost_models.placed import rank_seconds
 from cost_models.shared import framework_seconds, phase_seconds, shared_seconds, staging_seconds
-from cost_models.step import DenseReduction, dense_seconds, ring_reduction
-from cost_models.timeline import TimedOp, schedule
 from ir.dtypes import nbytes
-from ir.format_plan import FormatPlan
-from ir.ops import Op
-from ir.plan import TablePlan, Timeline
-from ir.program import Mode, Model
+from ir.plan import TablePlan
+from ir.program import Mode
 from ir.topology import Topology
 from ir.towers import ModuleKind, Tower
 from ir.workload import Workload
@@ -124,6 +119,7 @@ class TowerSeconds:
 
     phases: dict[str, float]
     cross_host_bytes: float  # sent to other hosts by the busiest rank, forward and backward
+    peer_bytes: float  # of them between peers, each way
 
 
 def tower_seconds(
@@ -181,7 +177,7 @@ def tower_seconds(
     if train and params and ranks > 1:
         phases["tower_reduce"] = all_reduce(params * nbytes(workload.compute_dtype), inside) + inside.latency
     spread = (inside.hosts - 1) / inside.hosts * float(sent.max())
-    return TowerSeconds(phases, (out + spread) * (2 if train else 1))
+    return TowerSeconds(phases, (out + spread) * (2 if train else 1), out if topology.hosts > 1 else 0.0)
 
 
 def _peer_seconds(size: float, net: Network, topology: Topology, calibration: Calibration) -> float:
@@ -231,108 +227,3 @@ def flat_cross_bytes(plans: Sequence[TablePlan], topology: Topology, workload: W
     sent = output_bytes(whole, world, workload) * (world - local) / world
     sent += output_bytes(by_host, world, workload) / local * (hosts - 1) / hosts
     return float(sent.max()) * (2 if mode == "train" else 1)
-
-
-def tower_timeline(
-    over_arch: Model,
-    phases: Mapping[str, float],
-    topology: Topology,
-    workload: Workload,
-    calibration: Calibration,
-    mode: Mode,
-    reduction: DenseReduction | None = None,
-    formats: FormatPlan | None = None,
-) -> Timeline:
-    """The step of a tower plan, on the two streams of :mod:`cost_models.step`.
-
-    Both exchanges queue on one network stream, although they use different links. The ids of the next
-    batch travel during this one where the calibration says so, and dense gradients are reduced bucket by bucket.
-
-    Args:
-        over_arch: the model's dense ops above (and beside) the lookups.
-        phases: of :func:`tower_seconds`.
-        topology, workload, calibration, mode: as everywhere.
-        reduction: of the over-arch's gradients; default :func:`cost_models.step.ring_reduction`.
-        formats: number formats of the over-arch's GEMM operands.
-    """
-    forward = dense_seconds(over_arch, topology, workload, calibration)
-    train = mode == "train"
-    if formats is not None:
-        forward |= format_seconds(
-            over_arch.ops, formats, forward, topology, workload, calibration, train=train
-        )
-    bottom = [op for op in over_arch.ops if op.phase == "bottom"]
-    top = [op for op in over_arch.ops if op.phase != "bottom"]
-    ops: list[TimedOp] = []
-    first: tuple[str, ...] = ()
-    if phases.get("framework"):
-        ops.append(TimedOp("framework", "compute", phases["framework"]))
-    ahead = train and calibration.ids_ahead
-    if not ahead:
-        ops.append(TimedOp("input_dist", "network", phases["input_dist"]))
-        first = ("input_dist",)
-    ops += [
-        TimedOp("lookup_forward", "compute", phases["lookup_forward"], first),
-        TimedOp("bottom_forward", "compute", sum(forward[op.name] for op in bottom)),
-        TimedOp("in_tower", "network", phases["in_tower"], ("lookup_forward",)),
-        TimedOp("tower_forward", "compute", phases["tower_forward"], ("in_tower",)),
-        TimedOp("peer", "network", phases["peer"], ("tower_forward",)),
-        TimedOp("top_forward", "compute", sum(forward[op.name] for op in top), ("peer",)),
-    ]
-    if ahead:
-        ops.append(TimedOp("input_dist_next", "network", phases["input_dist"]))
-    if train:
-        made = reduction or ring_reduction(topology, calibration)
-        ops += _backward(bottom, top, forward, phases, topology, workload, calibration, made)
-    return schedule(ops)
-
-
-def _backward(
-    bottom: Sequence[Op],
-    top: Sequence[Op],
-    forward: Mapping[str, float],
-    phases: Mapping[str, float],
-    topology: Topology,
-    workload: Workload,
-    calibration: Calibration,
-    reduction: DenseReduction,
-) -> list[TimedOp]:
-    item = nbytes(workload.compute_dtype)
-    ops: list[TimedOp] = []
-    reduced: list[str] = []
-
-    def chunk(name: str, part: Sequence[Op], after: str) -> str:
-        ops.append(TimedOp(name, "compute", BACKWARD_FACTOR * sum(forward[op.name] for op in part), (after,)))
-        return name
-
-    def reduce(name: str, params: float, after: str) -> None:
-        if params > 0 and topology.world_size > 1:
-            terms = reduction.price(params * item)
-            ops.append(TimedOp(name, "network", sum(terms.values()), (after,), terms))
-            reduced.append(name)
-
-    last, waiting = "top_forward", 0.0
-    pending: list[Op] = []
-    for op in reversed(top):
-        pending.append(op)
-        waiting += op.params
-        if waiting * item >= reduction.bucket_bytes:
-            last = chunk(f"top_backward_{len(ops)}", pending, last)
-            reduce(f"all_reduce_{len(ops)}", waiting, last)
-            pending, waiting = [], 0.0
-    last = chunk("top_backward_last", pending, last)
-    # the towers wait for the gradient of the vectors: exchanged before the rest is reduced
-    ops.append(TimedOp("peer_gradient", "network", phases["peer_gradient"], (last,)))
-    last = chunk("bottom_backward", bottom, last)
-    ops.append(TimedOp("tower_backward", "compute", phases["tower_backward"], ("peer_gradient",)))
-    ops.append(TimedOp("in_tower_gradient", "network", phases["in_tower_gradient"], ("tower_backward",)))
-    reduce("all_reduce_last", waiting + sum(op.params for op in bottom), last)
-    if phases.get("tower_reduce"):
-        ops.append(TimedOp("tower_reduce", "network", phases["tower_reduce"], ("tower_backward",)))
-        reduced.append("tower_reduce")
-    ops.append(TimedOp("lookup_backward", "compute", phases["lookup_backward"], ("in_tower_gradient",)))
-    params = float(sum(op.params for op in (*bottom, *top)))
-    # plain SGD of the dense part: read weight and gradient, write weight, all fp32
-    update = stream_seconds(8 * params, 4 * params, topology.device, calibration)
-    ops.append(TimedOp("dense_update", "compute", update, tuple(reduced)))
-    return ops

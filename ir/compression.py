@@ -243,7 +243,7 @@ class TableCompression:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    table: str
+    table: str  # or "tower 0": all that the module of a tower sends (ir.towers.sent_name)
     direction: Direction
     codec: CodecName
     bound: NotNegative  # of each element, relative to the message's rms; 0 where the codec has none

@@ -25,6 +25,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+from ir.compression import Direction
 from ir.ops import EmbeddingTable, Op
 from ir.reading import STRICT
 
@@ -39,6 +40,9 @@ TowerObjective = Literal["coherent", "diverse"]
 
 Strength = Literal["centred", "cosine"]
 """Interaction strength: mean cosine of vectors less their feature's mean vector, or of vectors as they are."""
+
+PEER_PHASE: dict[Direction, str] = {"forward": "peer", "backward": "peer_gradient"}
+"""Phase of a step in tower form that exchanges vectors, or their gradients, between peers."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -186,6 +190,11 @@ class TowerDecision:
             if table in tower.tables:
                 return number
         raise KeyError(table)
+
+
+def sent_name(number: int) -> str:
+    """What the output of a tower's module is called where tables are named, in codecs and graphs."""
+    return f"tower {number}"
 
 
 def illegal(tables: Sequence[EmbeddingTable], ops: Sequence[Op]) -> str:

@@ -19,7 +19,6 @@ from passes.growth import GrowthSchedule
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
 from passes.step import StepTimeline
-from passes.tower_compression import TowerCompression
 from passes.towers import Towers
 
 Observer = Callable[[str, Program], None]
@@ -38,8 +37,7 @@ def pipeline(calibration: Calibration | None = None) -> tuple[Pass, ...]:
         Collectives(calibration),  # needs the step, which its buckets change
         SparseGroups(calibration),  # weighed against the flat step
         GrowthSchedule(calibration),  # prices every phase as the passes before it price a step
-        Towers(calibration),  # replaces the flat plan where it is slower
-        TowerCompression(calibration),  # other exchanges, other codecs
+        Towers(calibration),  # replaces the flat plan where it is slower, and its codecs
     )
 
 

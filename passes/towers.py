@@ -3,12 +3,12 @@
 Runs on a finished flat plan and replaces it where the modelled step of the tower form is shorter (or the
 user says ``always``). Decides, in this order: the number of towers, the partition of tables
 (:mod:`passes.tower_partition`), the widths of the tower modules (:mod:`passes.tower_modules`), the shards
-inside each tower (:mod:`passes.tower_sharding`).
+inside each tower (:mod:`passes.tower_sharding`), the codecs between peers (:mod:`passes.tower_compression`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,37 +16,24 @@ import numpy as np
 import numpy.typing as npt
 
 from cost_models.calibration import Calibration, default_calibration
-from cost_models.collective.planning import communication, dense_reduction
-from cost_models.embedding import phase_overheads, unit_seconds
+from cost_models.embedding import unit_seconds
 from cost_models.memory import unit_memory
-from cost_models.step import DenseReduction
-from cost_models.towers import (
-    flat_cross_bytes,
-    module_work,
-    tower_seconds,
-    tower_timeline,
-)
-from ir.constraints import Constraints
-from ir.decisions import Decisions
+from cost_models.towers import module_work
 from ir.errors import InputError
-from ir.plan import Certificate, TablePlan, Timeline
-from ir.program import Model, Program
+from ir.plan import TablePlan
+from ir.program import Program
 from ir.sharding import ShardingOption, largest_units
-from ir.topology import Topology
 from ir.tower_sample import PooledSample
 from ir.towers import Affinity, Narrowing, Tower, TowerDecision, TowerRequest, illegal
 from ir.units import format_seconds
 from passes.memory import MemoryAccounting
+from passes.tower_candidate import Candidate, OverArch, candidate, flat_crossing
 from passes.tower_modules import Profile, columns_within, fixed_widths, profile, widths_within
 from passes.tower_partition import partition, partition_value, stated
 from passes.tower_pools import pools
 from passes.tower_rival import rival_partition
-from passes.tower_sharding import shard_towers
 
 Floats = npt.NDArray[np.float64]
-
-OverArch = Callable[[int, int], Model]
-"""Dense ops of the model when its interaction sees so many feature vectors, of so many columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +68,7 @@ class Towers:
         sample = PooledSample.load(request.interactions) if request.interactions else None
         towers, affinity = _partition(program, request, count, sample, calibration)
         towers, lost = _with_modules(program, request, towers, sample)
-        chosen = _Candidate(program, towers, request, calibration, self.over_arch)
+        chosen = candidate(program, towers, request, calibration, self.over_arch)
         towers = _in_rank_order(towers, chosen.tables)
         if sample is not None and request.module != "none":
             towers = tuple(_pooled(tower, sample, request, program.options.seed) for tower in towers)
@@ -90,9 +77,10 @@ class Towers:
         if not decision.applied:
             return replace(done, warnings=(*done.warnings, f"towers: {decision.reason}"))
         done = replace(done, tables=chosen.tables, certificate=chosen.certificate, timeline=chosen.timeline)
+        decided = replace(done.decisions, compression=chosen.compression)
         if chosen.tiers is not None:
-            done = replace(done, decisions=replace(done.decisions, tiers=chosen.tiers))
-        return MemoryAccounting().run(done)
+            decided = replace(decided, tiers=chosen.tiers)
+        return MemoryAccounting().run(replace(done, decisions=decided))
 
 
 def tower_count(program: Program, request: TowerRequest) -> int:
@@ -256,55 +244,6 @@ def _kept(
     )
 
 
-class _Candidate:
-    """The tower form of a program: its shards, and its step with and without modules."""
-
-    def __init__(
-        self,
-        program: Program,
-        towers: tuple[Tower, ...],
-        request: TowerRequest,
-        calibration: Calibration,
-        over_arch: OverArch | None,
-    ) -> None:
-        topology, workload, mode = program.topology, program.workload, program.options.mode
-        self.tables: tuple[TablePlan, ...]
-        self.certificate: Certificate
-        self.tables, self.certificate, self.tiers = shard_towers(program, towers, calibration)
-        overheads = phase_overheads(topology, workload, calibration, mode)
-
-        def step(kind: str, shape: tuple[Tower, ...], model: Model) -> tuple[Timeline, float]:
-            module = request.module if kind == "modules" else "none"
-            found = tower_seconds(
-                self.tables, shape, module, topology, workload, calibration, mode, overheads
-            )
-            timeline = tower_timeline(
-                model,
-                found.phases,
-                topology,
-                workload,
-                calibration,
-                mode,
-                planned_reduction(topology, calibration, program.decisions, program.options.constraints),
-                program.decisions.formats,
-            )
-            return timeline, found.cross_host_bytes
-
-        plain = tuple(
-            replace(t, vectors_out=len(t.features), dim_out=t.dim, width_out=t.width, params=0)
-            for t in towers
-        )
-        self.timeline, crossing = step("exchange", plain, program.model)
-        self.steps = {"exchange": self.timeline.step}
-        self.crossing = {"exchange": crossing}
-        if request.module != "none":
-            vectors = sum(tower.vectors_out for tower in towers)
-            above = program.model if over_arch is None else over_arch(vectors, towers[0].columns_out)
-            self.timeline, crossing = step("modules", towers, above)
-            self.steps["modules"] = self.timeline.step
-            self.crossing["modules"] = crossing
-
-
 def _in_rank_order(towers: Sequence[Tower], tables: Sequence[TablePlan]) -> tuple[Tower, ...]:
     """Features in the order in which the ranks' outputs are laid side by side, so that nothing has to be sorted."""
     place: dict[str, int] = {}
@@ -326,18 +265,6 @@ def _pooled(tower: Tower, sample: PooledSample, request: TowerRequest, seed: int
     )
 
 
-def planned_reduction(
-    topology: Topology, calibration: Calibration, decisions: Decisions, constraints: Constraints
-) -> DenseReduction | None:
-    """The all-reduces that were decided for the flat plan; None before that."""
-    decided, asked = decisions.collectives, constraints.collectives
-    if decided is None:
-        return None
-    scheduled = asked is not None and asked.dense_engine == "scheduled"
-    algorithm = asked.dense_algorithm if asked is not None else ""
-    return dense_reduction(communication(topology, calibration), decided.bucket_bytes, scheduled, algorithm)
-
-
 def _decision(
     program: Program,
     request: TowerRequest,
@@ -345,7 +272,7 @@ def _decision(
     affinity: Affinity | None,
     lost: float | None,
     sample: PooledSample | None,
-    found: _Candidate,
+    found: Candidate,
 ) -> TowerDecision:
     assert program.timeline is not None
     assert program.tables is not None
@@ -356,7 +283,6 @@ def _decision(
         why = f"one host has no slow link to spare ({change})"
     else:
         why = f"{'towers are faster' if shorter else 'towers do not pay here'}: {change}"
-    crossing = flat_cross_bytes(program.tables, program.topology, program.workload, program.options.mode)
     return TowerDecision(
         applied=request.always or (shorter and program.topology.hosts > 1),
         reason=why + (", kept because always was asked for" if request.always and not shorter else ""),
@@ -365,7 +291,7 @@ def _decision(
         towers=towers,
         affinity=affinity,
         steps={"flat": flat, **found.steps},
-        cross_host_bytes={"flat": crossing, **found.crossing},
+        cross_host_bytes={"flat": flat_crossing(program), **found.crossing},
         energy_lost=lost,
         sample="" if sample is None else sample.digest,
     )

@@ -28,8 +28,9 @@ from cost_models.embedding import LENGTH_BYTES, traffic
 from cost_models.placed import option_of, placed_units, table_of
 from ir.compression import Direction
 from ir.dtypes import nbytes
-from ir.plan import Plan, TablePlan
+from ir.plan import Plan
 from ir.topology import Topology
+from ir.towers import sent_name
 
 Bytes = npt.NDArray[np.float64]
 Dimensions = tuple[tuple[int, int], ...]
@@ -165,6 +166,8 @@ def _count_tables(plan: Plan, counter: LinkCounter) -> None:
 def _volumes(plan: Plan) -> Iterator[tuple[str, str, Bytes]]:
     """(purpose, scope of the sharding, bytes a rank) of every exchange of the tables."""
     train, work = plan.mode == "train", plan.workload
+    # codecs of a plan in tower form serve the exchange between peers only
+    inside = plan.decisions.towers is not None and plan.decisions.towers.applied
     total: dict[tuple[str, str], Bytes] = {}
 
     def add(name: str, scope: str, ranks: Sequence[int], size: float) -> None:
@@ -183,19 +186,29 @@ def _volumes(plan: Plan) -> Iterator[tuple[str, str, Bytes]]:
             ids = load.ids * work.id_bytes + load.lengths * LENGTH_BYTES + load.weight_bytes
             add("ids", "rank", ranks, ids)
             vectors = load.outputs * block.cols * nbytes(work.exchange_dtype)
-            add("vectors", option.scope, ranks, vectors / _ratio(plan, table, "forward"))
+            add(
+                "vectors",
+                option.scope,
+                ranks,
+                vectors / (1.0 if inside else _ratio(plan, table.name, "forward")),
+            )
             if train:
-                add("gradients", option.scope, ranks, vectors / _ratio(plan, table, "backward"))
+                add(
+                    "gradients",
+                    option.scope,
+                    ranks,
+                    vectors / (1.0 if inside else _ratio(plan, table.name, "backward")),
+                )
     for (name, scope), sent in total.items():
         yield name, scope, sent
 
 
-def _ratio(plan: Plan, table: TablePlan, direction: Direction) -> float:
-    """Uncompressed bytes of a table's messages over the bytes on the link."""
+def _ratio(plan: Plan, table: str, direction: Direction) -> float:
+    """Uncompressed bytes of a table's messages (or of what a tower's module sends) over the bytes on the link."""
     section = plan.decisions.compression
     if section is None or not section.uses(direction):
         return 1.0
-    found = section.of(table.name, direction)
+    found = section.of(table, direction)
     return found.ratio if found is not None else 1.0
 
 
@@ -204,14 +217,19 @@ def _count_peers(plan: Plan, counter: LinkCounter) -> None:
     section = plan.decisions.towers
     assert section is not None
     towers, item = section.towers, nbytes(plan.workload.exchange_dtype)
-    sent = np.zeros(plan.world_size)
-    for tower in towers:
-        size = plan.workload.global_batch / tower.ranks * tower.width_out * item
-        sent[tower.first_rank : tower.first_rank + tower.ranks] = size
     over: Dimensions = ((len(towers), towers[0].ranks),)
-    counter.all_to_all("vectors to peers", over, sent)
-    if plan.mode == "train":
-        counter.all_to_all("gradients to peers", over, sent)
+    ways: tuple[Direction, ...] = ("forward", "backward") if plan.mode == "train" else ("forward",)
+    for direction, name in zip(ways, ("vectors to peers", "gradients to peers"), strict=False):
+        sent = np.zeros(plan.world_size)
+        for number, tower in enumerate(towers):
+            if section.module != "none":
+                columns = tower.width_out / _ratio(plan, sent_name(number), direction)
+            else:
+                mine = [plan.tables[table] for table in tower.tables if table in plan.tables]
+                columns = sum(t.dim * len(t.features) / _ratio(plan, t.name, direction) for t in mine)
+            size = plan.workload.global_batch / tower.ranks * columns * item
+            sent[tower.first_rank : tower.first_rank + tower.ranks] = size
+        counter.all_to_all(name, over, sent)
 
 
 def _count_dense(plan: Plan, counter: LinkCounter) -> None:

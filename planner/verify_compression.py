@@ -1,8 +1,10 @@
 """Independent check of a plan's compression section: no code of the pass or of the cost models.
 
-Holds when every decision is about an exchanged table of the plan, errors stay within budgets, bounded codecs
+Holds when every decision is about an exchanged table of the plan (in tower form with modules: about what a tower's
+module sends), errors stay within budgets, bounded codecs
 have a bound that explains their error, fixed rates have the ratio of their layout, what is left uncompressed
-says so, TorchRec is asked only for what it runs, and the modelled step has the exchanges of the section.
+says so, TorchRec is asked only for what it runs, and the modelled step has the exchanges of the section, in no less time
+than their bytes take on the link.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ from collections.abc import Callable, Iterator
 
 from ir.compression import Compression, ExchangeCompression, TableCompression, torchrec_refuses
 from ir.plan import Plan
+from ir.towers import TowerDecision
 
 _BOUNDED = ("eb_lz", "eb_entropy", "eb_lz_entropy")
 _TABLE_WISE = ("table_wise", "column_wise", "table_column_wise", "data_parallel")
 _SLACK = 1e-6
+_PEERS = {"forward": "peer", "backward": "peer_gradient"}  # phases of a step in tower form
 
 # bytes of a float32 element over bytes of an element, from the layouts: 8 bytes more a row of int8, 4 of fp8,
 # one scale byte for 32 elements of 4 bits
@@ -52,14 +56,26 @@ def compression_faults(plan: Plan) -> Iterator[str]:
         yield from _exchange_faults(plan, section, exchange)
 
 
+def _exchanged(plan: Plan) -> dict[str, int]:
+    """Columns of a vector of everything that is exchanged under codecs, by name."""
+    section = _towers(plan)
+    if section is not None and section.module != "none":
+        return {f"tower {number}": tower.width_out for number, tower in enumerate(section.towers)}
+    return {t.name: t.dim for t in plan.table_plans if t.sharding_type != "data_parallel"}
+
+
+def _towers(plan: Plan) -> TowerDecision | None:
+    section = plan.decisions.towers
+    return section if section is not None and section.applied else None
+
+
 def _table_faults(plan: Plan, section: Compression, row: TableCompression) -> Iterator[str]:
-    table = plan.tables.get(row.table)
+    columns = _exchanged(plan).get(row.table)
     what = f"compression of table {row.table!r}, {row.direction}"
-    if table is None:
-        yield f"{what}: the plan has no such table"
+    if columns is None:
+        copied = row.table in plan.tables and plan.tables[row.table].sharding_type == "data_parallel"
+        yield f"{what}: {'a copied table is not exchanged' if copied else 'the plan exchanges no such table'}"
         return
-    if table.sharding_type == "data_parallel":
-        yield f"{what}: a copied table is not exchanged"
     if row.error > row.budget * (1 + _SLACK):
         yield f"{what}: an error of {row.error:.3g} is over its budget of {row.budget:.3g}"
     if row.codec == "none" and (row.error or row.bound or row.ratio != 1):
@@ -70,8 +86,8 @@ def _table_faults(plan: Plan, section: Compression, row: TableCompression) -> It
         # every element is within the bound, so the mean square is within its square
         yield f"{what}: an error of {row.error:.3g} is more than a bound of {row.bound:.3g} allows"
     expected = _RATIO[section.engine].get(row.codec)
-    if expected is not None and not 0.85 <= row.ratio / expected(table.dim) <= 1.001:
-        yield f"{what}: {row.codec} has a ratio of {expected(table.dim):.3f}, not {row.ratio:.3f}"
+    if expected is not None and not 0.85 <= row.ratio / expected(columns) <= 1.001:
+        yield f"{what}: {row.codec} has a ratio of {expected(columns):.3f}, not {row.ratio:.3f}"
     if row.codec != "none" and not section.uses(row.direction):
         yield f"{what}: a codec, but the exchange is left as it is"
 
@@ -81,9 +97,8 @@ def _engine_faults(plan: Plan, section: Compression) -> Iterator[str]:
     if not used:
         return
     kinds = {table.sharding_type for table in plan.table_plans}
-    towers = plan.decisions.towers
     if section.engine == "exchange":
-        if towers is not None and towers.applied:
+        if _towers(plan) is not None:
             return  # whole vectors cross between peers, however a tower splits its tables
         bad = sorted(kinds - set(_TABLE_WISE))
         if bad:
@@ -110,6 +125,26 @@ def _exchange_faults(plan: Plan, section: Compression, exchange: ExchangeCompres
         yield f"{exchange.phase} is compressed though it takes no less time than uncompressed"
     if exchange.link * (1 + _SLACK) < exchange.uncompressed / max((t.ratio for t in coded), default=1.0):
         yield f"{exchange.phase} shrinks by more than the largest ratio of its tables"
-    event = next((e for e in plan.timeline.events if e.name == exchange.phase), None)
+    towers = _towers(plan)
+    phase = exchange.phase if towers is None else _PEERS[exchange.direction]
+    event = next((e for e in plan.timeline.events if e.name == phase), None)
     if event is not None and event.duration < (exchange.link + exchange.coding) * (1 - _SLACK):
-        yield f"{exchange.phase} lasts {event.duration:.3g} s in the step, less than its link and codecs take"
+        yield f"{phase} lasts {event.duration:.3g} s in the step, less than its link and codecs take"
+    if towers is not None:
+        yield from _peer_faults(plan, towers, exchange, max((t.ratio for t in coded), default=1.0))
+
+
+def _peer_faults(
+    plan: Plan, towers: TowerDecision, exchange: ExchangeCompression, ratio: float
+) -> Iterator[str]:
+    """A rank sends its share of its tower's columns for every sample to all other towers, over its own link."""
+    count = len(towers.towers)
+    samples = plan.workload.global_batch / plan.world_size * (count - 1)
+    size = 4 * samples * max(tower.width_out for tower in towers.towers)
+    least = size / plan.topology.inter_link.bandwidth if plan.topology.hosts > 1 else 0.0
+    for name, seconds, need in (
+        ("uncompressed", exchange.uncompressed, least),
+        ("compressed", exchange.link, least / ratio),
+    ):
+        if seconds < need * (1 - _SLACK):
+            yield f"{exchange.direction} between peers takes {need:.3g} s at least {name}, not {seconds:.3g} s"

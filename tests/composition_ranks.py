@@ -19,6 +19,7 @@ from codegen.runtime.launch import Rank
 from codegen.towers import TowerModel, whole_tables
 from ir.compression import codec_of
 from ir.plan import Plan
+from ir.towers import sent_name
 from planner.plan import Plan as Verbs
 from planner.zoo import build
 from planner.zoo.multi_tower import with_towers
@@ -83,12 +84,17 @@ def compare(
     made.lookup.register_forward_hook(lambda _, __, out: seen.update(found=out))
     for whole_batch in batches:
         pooled: list[Any] = []
-        hook = alone.ebc.register_forward_hook(lambda _, __, out, pooled=pooled: _tracked(out, pooled))
+        hooks = [alone.ebc.register_forward_hook(lambda _, __, out, pooled=pooled: _tracked(out, pooled))]
+        sent: list[Tensor] = []  # by tower, where modules are
+        for module in getattr(alone, "towers", ()):
+            hooks.append(module.register_forward_hook(lambda _, __, out, sent=sent: sent.append(out)))
         expected = alone(*whole_batch[:2])
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         mine = cut(whole_batch, place.rank, place.world_size)
         found = made(*mine[:2])
-        _judge(worst, decided, found.detach(), expected, pooled[0], mine[1], place)
+        from_peers = {sent_name(n): out for n, out in enumerate(sent) if n != made.lookup.tower}
+        _judge(worst, decided, found.detach(), expected, pooled[0], mine[1], place, from_peers)
         loss = F.binary_cross_entropy_with_logits(expected, whole_batch[2])
         own = F.binary_cross_entropy_with_logits(found, mine[2])
         for one, value in ((reference, loss), (made, own)):
@@ -128,7 +134,14 @@ def _tracked(out: Any, pooled: list[Any]) -> None:
 
 
 def _judge(
-    worst: dict[str, float], plan: Plan, found: Tensor, expected: Tensor, exact: Any, ids: Any, place: Rank
+    worst: dict[str, float],
+    plan: Plan,
+    found: Tensor,
+    expected: Tensor,
+    exact: Any,
+    ids: Any,
+    place: Rank,
+    from_peers: dict[str, Tensor],
 ) -> None:
     """Outputs against the unsharded ones; with codecs, to first order in the errors that their bounds allow."""
     gap = (gather_rows(found) - expected.detach()).abs()
@@ -152,6 +165,12 @@ def _judge(
             error = rule.bound * float(rows.square().mean().sqrt())
             allowed += error * gradient[mine, start : start + width].abs().sum(1)
         start += width
+    for name, out in from_peers.items():
+        rule = transport(name, "forward", 0)
+        if codec_of(rule.codec).bounded:
+            (gradient,) = torch.autograd.grad(expected.sum(), out, retain_graph=True)
+            error = rule.bound * float(out.detach()[mine].square().mean().sqrt())
+            allowed += error * gradient[mine].flatten(1).abs().sum(1)
     if float(allowed.max()):
         own = (found - expected.detach()[mine]).abs()
         worst["allowed"] = max(worst["allowed"], float(allowed.max()))

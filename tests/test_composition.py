@@ -106,3 +106,57 @@ def test_that_plan_trains_as_the_unsharded_model(plan: planner.Plan, tmp_path: P
     assert found["files"] > 0
     assert worst["allowed"] > 10 * EXACT
     assert worst["vectors"] < 1.1
+
+
+def test_tower_modules_codecs_and_formats_are_one_plan_that_runs(tmp_path: Path) -> None:
+    """The planner gives what modules send a codec, both ways; training errs within its bounds."""
+    import torch
+
+    from planner.zoo import build
+
+    torch.manual_seed(0)
+    options = plans.options("wukong-small")
+    made = build("wukong-small", device="cpu", **options)
+    features = [f for entry in plans.entries() for f in entry["features"]]
+    work = replace(
+        made.workload,
+        global_batch=4096,
+        features={f: FeatureStats(2.0) for f in features},
+        optimizer="adagrad",
+    )
+    machine = topology(2, 2)
+    slow = replace(machine.levels[1].link, bandwidth=1e4)
+    machine = replace(machine, levels=(machine.levels[0], Level("cluster", 2, slow)))
+    formats = FormatRequest(
+        rules={"a": ("fp16",), "b": ("bf16",), "traffic.*": ("fp32",)},
+        formats={"table": ("fp32",), "weight": ("fp32",), "activation": ("fp32",)},
+        kernels="emulate",
+    )
+    budget = 1e-4  # bf16 has an error of about 3e-6
+    asked = Constraints(
+        formats=formats,
+        compression=CompressionRequest(
+            codecs=("none", "eb_entropy"), error_budget=budget, gradient_budget=budget
+        ),
+        towers=TowerRequest(module="wukong", compression=1.5, always=True),
+    )
+    both = planner.compile(made.module, machine, work, constraints=asked, name="wukong")
+    plain = planner.compile(
+        made.module, machine, work, constraints=replace(asked, compression=None), name="wukong"
+    )
+    assert [finding for finding in planner.verify(both) if not finding.ok] == []
+    section = both.decisions.compression
+    assert section is not None
+    assert {(row.table, row.direction) for row in section.tables if row.codec != "none"} == {
+        (f"tower {n}", way) for n in (0, 1) for way in ("forward", "backward")
+    }
+    assert both.timeline.step < plain.timeline.step
+    assert "tower 1" in both.explain()
+    # one step: Adagrad's first one is as long for gradients that the codec rounds away as for any other
+    found = run(both, "wukong-small", tmp_path, options=options, steps=1)
+    worst = found["worst"]
+    assert found["moved"] == 2 * 4
+    assert worst["allowed"] > 10 * EXACT
+    assert worst["vectors"] < 1.1
+    assert 0 < worst["modules"] < 1e-2
+    assert found["sent"] < found["raw"]

@@ -34,6 +34,7 @@ from codegen.runtime.towers.exchange import all_to_all
 from codegen.runtime.towers.layout import TowerLayout
 from codegen.runtime.towers.sptt import Groups
 from ir.compression import Direction
+from ir.towers import sent_name
 
 
 class Copies(nn.Module):
@@ -123,7 +124,7 @@ class ComposedLookup(nn.Module):
         if tower not in self.with_module:
             return [Carried(f, self.part_of[f], self.layout.dims[f]) for f in features]
         part = self.samples_part if self._mixed(tower) else self.part_of[features[0]]
-        return [Carried(f"tower {tower}", part, self.widths[tower])]
+        return [Carried(sent_name(tower), part, self.widths[tower])]
 
     def forward(self, ids: Any) -> Any:
         """``KeyedJaggedTensor`` of this rank's samples to outputs by name.

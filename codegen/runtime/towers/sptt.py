@@ -28,6 +28,7 @@ from codegen.runtime.towers.exchange import Move, all_to_all, exchange_rows
 from codegen.runtime.towers.ids import Bags, bags_of, exchange_ids
 from codegen.runtime.towers.layout import TowerLayout, assembly
 from codegen.runtime.towers.lookup import DenseLookup, FusedLookup, NoLookup
+from ir.towers import sent_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class TowerLookup(nn.Module):
         named: dict[str, Tensor] = {}
         for number, part in enumerate(torch.split(mine, list(self.widths), dim=1)):
             if number in self.with_module:
-                named[f"tower {number}"] = part
+                named[sent_name(number)] = part
                 continue
             features = self.layout.features[number]
             dims = [self.layout.dims[feature] for feature in features]
