@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cluster import Cluster
+from benchmarks.cluster.launcher import OnLine
 from planner.calibrate import calibration_path, load_calibration
 
 if TYPE_CHECKING:
@@ -18,8 +19,16 @@ if TYPE_CHECKING:
 MARK = "RESULT "
 
 
-def run_worker(cluster: Cluster, worker: Path, settings: Mapping[str, Any], timeout: float = 600) -> Any:
+def run_worker(
+    cluster: Cluster,
+    worker: Path,
+    settings: Mapping[str, Any],
+    timeout: float = 600,
+    on_line: OnLine | None = None,
+) -> Any:
     """Run ``worker`` with ``settings`` (a JSON file) on every rank; the JSON that rank 0 printed.
+
+    ``on_line`` hears every line that any rank prints, while it runs.
 
     Raises:
         SystemExit: the worker failed; its output is the message.
@@ -27,7 +36,7 @@ def run_worker(cluster: Cluster, worker: Path, settings: Mapping[str, Any], time
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(settings, file)
         file.flush()
-        result = cluster.run(worker, [file.name], timeout=timeout)
+        result = cluster.run(worker, [file.name], timeout=timeout, on_line=on_line)
     for line in result.logs[0].splitlines():
         if MARK in line:
             return json.loads(line.split(MARK, 1)[1])

@@ -66,14 +66,10 @@ def module_work(kind: ModuleKind, vectors: int, dim: int, out: int, dim_out: int
     gemms: tuple[Gemm, ...] = ()
     params = 0
     if kind in ("projection", "dhen"):
-        gemms += ((1, flat, wide),)
+        gemms += ((1, flat, wide),)  # sums and projections of vectors are added to its weights
         params += flat * wide + wide
-        if columns < dim:
-            gemms += ((vectors, dim, columns),)
-            params += dim * columns
-        if out < vectors:
-            gemms += (mix,)
-            params += vectors * out
+        params += dim * columns if columns < dim else 0
+        params += vectors * out if out < vectors else 0
     if kind in ("cross", "dhen"):
         gemms += ((1, flat, dim), (1, dim, flat), (1, flat, wide))
         params += 2 * flat * dim + flat + flat * wide + wide

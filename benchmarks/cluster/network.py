@@ -167,6 +167,21 @@ class Network:
                     dropped += qdisc.get("drops", 0)
         return dropped
 
+    def set_bandwidth(self, bandwidth: float) -> None:
+        """Fill the token buckets of every card at another rate, bytes/s, also under running processes.
+
+        Frames keep the size that :attr:`link` gave them, because connections agreed on it.
+        """
+        burst = max(Link(bandwidth).burst, self.link.mtu + _HEADROOM)
+        for host, space in enumerate(self.hosts):
+            for where, device, delayed in (
+                (space, INTERFACE, False),
+                (self.switch, f"p{host}", self.link.latency > 0),
+            ):
+                place = ("parent", "1:1", "handle", "10:") if delayed else ("root",)
+                change = ("tc", "-n", where.name, "qdisc", "change", "dev", device, *place)
+                _call(*change, *_bucket(bandwidth, burst))
+
     def close(self) -> None:
         """End every process inside and remove every namespace; safe to repeat."""
         remove_all((*self.hosts, self.switch))
@@ -211,7 +226,7 @@ class Network:
 
     def _shape(self, space: Namespace, device: str, delay: float) -> None:
         add = ("tc", "-n", space.name, "qdisc", "add", "dev", device)
-        bucket = _bucket(self.link)
+        bucket = _bucket(self.link.bandwidth, self.link.burst)
         if delay > 0:
             # netem on top and the bucket below it, the order of tc-netem(8)
             queued = str(_QUEUE // 1500)
@@ -221,6 +236,5 @@ class Network:
             _call(*add, "root", *bucket)
 
 
-def _bucket(link: Link) -> Sequence[str]:
-    rate = f"{round(link.bandwidth * 8)}bit"
-    return ("tbf", "rate", rate, "burst", str(link.burst), "limit", str(_QUEUE))
+def _bucket(bandwidth: float, burst: int) -> Sequence[str]:
+    return ("tbf", "rate", f"{round(bandwidth * 8)}bit", "burst", str(burst), "limit", str(_QUEUE))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ir.errors import InputError
 from ir.towers import ModuleKind
@@ -71,13 +72,14 @@ class ProjectionTower(TowerModule):
             nn.init.orthogonal_(self.narrow.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, n, D) to (B, m, d)."""
-        kept = x if self.narrow is None else self.narrow(x)
-        if self.mix is not None:
-            kept = torch.matmul(self.mix, kept)
-        mixed = self.flat(x.flatten(1)) / (self.vectors * self.dim)
-        y: Tensor = mixed.view(-1, self.out, self.dim_out) + kept
-        return y
+        """(B, n, D) to (B, m, d): one product, because sums and projections of vectors are linear maps of them all."""
+        weight, bias = self.flat.weight / self.flat.in_features, self.flat.bias / self.flat.in_features
+        if self.mix is None and self.narrow is None:
+            return functional.linear(x.flatten(1), weight, bias).view_as(x) + x
+        sums = torch.eye(self.vectors, device=x.device) if self.mix is None else self.mix
+        each = torch.eye(self.dim, device=x.device) if self.narrow is None else self.narrow.weight
+        y = functional.linear(x.flatten(1), weight + torch.kron(sums, each), bias)
+        return y.view(-1, self.out, self.dim_out)
 
 
 class CrossTower(TowerModule):
