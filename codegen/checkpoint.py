@@ -51,7 +51,7 @@ def save_checkpoint(plan: Plan, sharded: ShardedModel, folder: str | Path, step:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     target = Path(folder) / f"step-{step:09d}"
-    state = _state(plan, sharded)
+    state = model_state(plan, sharded)
     if dist.get_rank() == 0:
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def load_checkpoint(
             "or layers differ (pass the plan of the model that was saved as before, if tables have grown)"
         )
     source = Path(folder) / about["folder"]
-    state = _state(plan, sharded)
+    state = model_state(plan, sharded)
     grown: dict[str, int] = {}
     if before is not None:
         state, grown = _known_to(before, plan, state)
@@ -164,7 +164,7 @@ def read_latest(folder: str | Path) -> dict[str, Any]:
     return about
 
 
-def _state(plan: Plan, sharded: ShardedModel) -> dict[str, Any]:
+def model_state(plan: Plan, sharded: ShardedModel) -> dict[str, Any]:
     """Every tensor of model and optimizers under its name before sharding; loading writes into them."""
     split = [t.name for t in plan.table_plans if len({shard.col for shard in t.shards}) > 1]
     if split and plan.workload.optimizer == "rowwise_adagrad":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from codegen.torchrec_check import Collection, check, collections_of, locate
 from ir.compression import CodecName, Compression, Direction, torchrec_refuses
@@ -24,8 +24,10 @@ def runs_exchange(plan: Plan) -> bool:
     return section is not None and section.engine == "exchange" and any(e.used for e in section.exchanges)
 
 
-def sharders(plan: Plan, device: str) -> list[Any]:
+def sharders(plan: Plan, device: str, exchange_dtype: str | None = None) -> list[Any]:
     """TorchRec's sharders for the plan, with the quantised communication that its compression section asks for.
+
+    ``exchange_dtype``: instead of a section, one type both ways.
 
     Raises:
         InputError: the section is for the compressed exchange, or asks for what TorchRec would replace silently.
@@ -33,16 +35,21 @@ def sharders(plan: Plan, device: str) -> list[Any]:
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-    registry = codecs_registry(plan, device)
+    registry = codecs_registry(plan, device, exchange_dtype)
     return [
         EmbeddingBagCollectionSharder(qcomm_codecs_registry=registry),
         EmbeddingCollectionSharder(qcomm_codecs_registry=registry),
     ]
 
 
-def codecs_registry(plan: Plan, device: str) -> Any:
+def codecs_registry(plan: Plan, device: str, exchange_dtype: str | None = None) -> Any:
     """TorchRec's codecs registry; None where nothing is compressed. Raises InputError as :func:`sharders`."""
     section = plan.decisions.compression
+    if exchange_dtype is not None:
+        refused = torchrec_refuses(cast(CodecName, exchange_dtype), device, False)
+        if refused:
+            raise InputError(f"vectors cannot travel as {exchange_dtype}: {refused}")
+        return _registry(exchange_dtype, exchange_dtype, device)
     if section is None or not any(exchange.used for exchange in section.exchanges):
         return None
     if section.engine != "torchrec":
@@ -50,6 +57,12 @@ def codecs_registry(plan: Plan, device: str) -> Any:
             "the plan compresses exchanges by codecs whose messages have no fixed size, which TorchRec cannot carry; "
             "run it with plan.apply(module, process_group), or compile with the engine 'torchrec'"
         )
+    split = any(table.sharding_type in ROW_SPLIT for table in plan.table_plans)
+    forward, backward = (_one_codec(section, way, device, split) for way in ("forward", "backward"))
+    return _registry(forward, backward, device)
+
+
+def _registry(forward: str, backward: str, device: str) -> Any:
     import torch
     from torchrec.distributed.fbgemm_qcomm_codec import (
         CommType,
@@ -57,8 +70,6 @@ def codecs_registry(plan: Plan, device: str) -> Any:
         get_qcomm_codecs_registry,
     )
 
-    split = any(table.sharding_type in ROW_SPLIT for table in plan.table_plans)
-    forward, backward = (_one_codec(section, way, device, split) for way in ("forward", "backward"))
     config = QCommsConfig(
         forward_precision=CommType("fp32" if forward == "none" else forward),
         backward_precision=CommType("fp32" if backward == "none" else backward),

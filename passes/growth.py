@@ -103,7 +103,7 @@ class _Phases:
         return Growth(
             layers=self.layers,
             phases=self._phases(path, {0: 0} | {s: i + 1 for i, s in enumerate(used)}),
-            shardings=tuple(_difference(self.shardings[0], self.shardings[s]) for s in used),
+            shardings=tuple(difference(self.shardings[0], self.shardings[s]) for s in used),
             dense_seconds=sum(count for _, count, _ in self.schedule) * dense[0],
             fixed_seconds=sum(p.steps * p.step_seconds + p.move_seconds for p in self._phases(fixed, {0: 0})),
         )
@@ -180,7 +180,7 @@ def _shards(tables: Tables) -> tuple[tuple[Shard, ...], ...]:
     return tuple(table.shards for table in tables)
 
 
-def _difference(own: Tables, other: Tables) -> tuple[MovedTable, ...]:
+def difference(own: Tables, other: Tables) -> tuple[MovedTable, ...]:
     """The tables of ``other`` that lie elsewhere than in ``own``."""
     moved = []
     for mine, table in zip(own, other, strict=True):
