@@ -117,6 +117,9 @@ def compare(
     return {
         "worst": worst,
         "moved": len(made.moved),
+        "split": int(
+            any(hasattr(p, "full_tensor") and p.to_local().numel() < p.numel() for p in trained.values())
+        ),
         "raw": forward.raw + backward.raw,
         "sent": forward.sent + backward.sent,
         "files": len([r for r in made.lookup.lookup.rows if hasattr(r, "counters")]),

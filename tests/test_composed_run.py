@@ -11,10 +11,13 @@ import pytest
 
 from codegen.composed import refused
 from codegen.runtime.launch import launch
+from cost_models.dense import dense_units
+from ir.capture import capture
 from ir.dense_plan import DensePlan, SparseReplicas, TensorPair
 from ir.plan import Plan
 from planner.verify_composition import check_composition
 from planner.verify_dense import check_dense
+from planner.zoo import build
 from tests import composed_plans as plans
 
 RANKS = str(Path(__file__).with_name("composition_ranks.py"))
@@ -35,7 +38,9 @@ def run(plan: Plan, model: str, storage: Path, **how: Any) -> dict[str, Any]:
     for answer in answers:
         for name, value in answer["worst"].items():
             worst[name] = max(worst.get(name, 0.0), value)
-    total = {n: sum(answer[n] for answer in answers) for n in ("raw", "sent", "files", "fetched", "moved")}
+    total = {
+        n: sum(answer[n] for answer in answers) for n in ("raw", "sent", "files", "fetched", "moved", "split")
+    }
     return {"worst": worst, **total}
 
 
@@ -83,6 +88,28 @@ def test_a_flat_plan_with_copies_and_column_blocks(tmp_path: Path) -> None:
     plan = plans.deduplicated(plans.flat_plan(1, 2, plans.FLAT_2), ("f_a", "f_d"))
     plan = plans.compressed(plans.formatted(plans.tiered(plan), plans.FORMATS, plans.STATES), plans.LOSSLESS)
     found = run(plan, "wukong-small", tmp_path)
+    for name in ("outputs", "tables", "dense"):
+        assert found["worst"][name] < EXACT, name
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shard", "replicas", "reshard", "module"),
+    [("hsdp", 2, 2, False, "wukong"), ("fsdp", 4, 1, True, "none")],
+    ids=["hsdp", "fsdp"],
+)
+def test_a_split_dense_part_joins_the_others(
+    strategy: Any, shard: int, replicas: int, reshard: bool, module: str, tmp_path: Path
+) -> None:
+    """Units of the dense part gathered by host or by all ranks, beside towers, dedup, codecs, formats and tiers."""
+    plan = plans.towered(plans.flat_plan(2, 2, plans.TOWERS_2X2), module)
+    plan = plans.deduplicated(plan, ("f_a", "f_c"), ("f_d", "f_g"))
+    plan = plans.compressed(plans.formatted(plans.tiered(plan), plans.FORMATS, {}), plans.LOSSLESS)
+    model = capture(build("wukong-small", **plans.options("wukong-small")).module)
+    units = dense_units(model, 2000, 4)
+    assert len(units) > 2
+    dense = DensePlan(strategy, shard, replicas, reshard_after_forward=reshard, units=units)
+    found = run(plans.with_decisions(plan, dense=dense), "wukong-small", tmp_path)
+    assert found["split"] == 4  # parameters are split on every rank
     for name in ("outputs", "tables", "dense"):
         assert found["worst"][name] < EXACT, name
 
