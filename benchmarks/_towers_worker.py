@@ -107,7 +107,7 @@ def search(trained: Any, batches: Any, links: Links, settings: dict[str, Any]) -
 
     def share_at(speed: float) -> float:
         rows: dict[float, list[dict[str, float]]] = {settings["fast"]: [], speed: []}
-        for _ in range(settings["turns"] - 1):
+        for _ in range(settings["turns"]):
             for link, found in rows.items():
                 links.set(link)
                 found += timed(trained, batches, WARM_UP, settings["steps"])

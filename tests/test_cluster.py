@@ -175,6 +175,9 @@ def test_links_carry_what_they_are_set_to(speed: str, set_rate: float) -> None:
         assert shared == pytest.approx(set_rate, rel=0.12)
         # the inside of a host is not shaped
         assert fastest(cluster, [0], 0, 64 * 2**20, 4 * between) > 4 * between
+        cluster.network.set_bandwidth(set_rate / 2)
+        halved = fastest(cluster, [0], 1, size // 2, 0.45 * set_rate)
+        assert halved == pytest.approx(set_rate / 2, rel=0.12)
         assert cluster.network.drops() == 0
 
 

@@ -170,9 +170,11 @@ class Network:
     def set_bandwidth(self, bandwidth: float) -> None:
         """Fill the token buckets of every card at another rate, bytes/s, also under running processes.
 
-        Frames keep the size that :attr:`link` gave them, because connections agreed on it.
+        Frames are as large as cards of that rate have them, but never larger than :attr:`link` had them, because
+        connections agreed on that.
         """
-        burst = max(Link(bandwidth).burst, self.link.mtu + _HEADROOM)
+        now = Link(bandwidth)
+        mtu = min(now.mtu, self.link.mtu)
         for host, space in enumerate(self.hosts):
             for where, device, delayed in (
                 (space, INTERFACE, False),
@@ -180,7 +182,8 @@ class Network:
             ):
                 place = ("parent", "1:1", "handle", "10:") if delayed else ("root",)
                 change = ("tc", "-n", where.name, "qdisc", "change", "dev", device, *place)
-                _call(*change, *_bucket(bandwidth, burst))
+                _call(*change, *_bucket(bandwidth, max(now.burst, self.link.mtu + _HEADROOM)))
+                _call("ip", "-n", where.name, "link", "set", device, "mtu", str(mtu))
 
     def close(self) -> None:
         """End every process inside and remove every namespace; safe to repeat."""
