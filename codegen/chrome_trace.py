@@ -97,7 +97,8 @@ def _flows(timeline: Timeline, classes: Sequence[RankClass], streams: Sequence[s
         for process, seconds in enumerate(own):
             if process == last or event.duration - seconds <= 1e-9:
                 continue
-            common = {"name": event.name, "cat": "flow", "id": f"{event.name}/{process}"}
+            # a number: Perfetto reads text as a hexadecimal number and drops arrows whose id is none
+            common = {"name": event.name, "cat": "flow", "id": len(made) // 2 + 1}
             thread = streams.index(event.stream)
             middle = event.start + own[last] / 2
             arrives = event.start + seconds + (event.duration - seconds) / 2

@@ -70,6 +70,63 @@ def test_events_of_a_thread_do_not_overlap_and_arrows_pair_up(plan: planner.Plan
     assert starts, "ranks of this plan differ, so somebody waits"
 
 
+def well_formed(events: list[dict[str, Any]]) -> int:
+    """The Trace Event Format as Perfetto's importer reads it; the number of arrows.
+
+    Complete events need a time and a duration, and nest within a thread. An arrow starts and ends at the slice that is open
+    at its time on its thread (``bp: e`` for the end), with one numeric id for its two ends, of one name and category.
+    Metadata name every process and every thread.
+    """
+    named: dict[str, set[Any]] = {"process_name": set(), "thread_name": set()}
+    slices: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    arrows: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for event in events:
+        assert event["ph"] in ("M", "X", "s", "f")
+        assert type(event["pid"]) is int
+        if event["ph"] == "M":
+            where = event["pid"] if event["name"].startswith("process") else (event["pid"], event["tid"])
+            named.setdefault(event["name"], set()).add(where)
+            assert set(event["args"]) == {"sort_index" if event["name"].endswith("index") else "name"}
+            continue
+        assert type(event["tid"]) is int
+        assert isinstance(event["ts"], int | float)
+        if event["ph"] == "X":
+            assert event["dur"] >= 0
+            slices[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+            continue
+        assert type(event["id"]) is int
+        assert 0 < event["id"] < 2**63
+        assert event["ph"] not in arrows[event["id"]]
+        assert (event.get("bp") == "e") == (event["ph"] == "f")
+        arrows[event["id"]][event["ph"]] = event
+    assert set(slices) <= named["thread_name"]
+    assert {pid for pid, _ in slices} <= named["process_name"]
+    for lane in slices.values():
+        stack: list[float] = []
+        for start, end in sorted(lane, key=lambda one: (one[0], -one[1])):
+            while stack and stack[-1] <= start + 1e-3:  # rounding of a microsecond
+                stack.pop()
+            assert not stack or end <= stack[-1] + 1e-3
+            stack.append(end)
+    for ends in arrows.values():
+        start, end = ends["s"], ends["f"]
+        assert (start["name"], start["cat"]) == (end["name"], end["cat"])
+        assert start["ts"] <= end["ts"]
+        assert (start["pid"], start["tid"]) != (end["pid"], end["tid"])
+        for one in (start, end):
+            assert any(a <= one["ts"] < b for a, b in slices[one["pid"], one["tid"]])
+    return len(arrows)
+
+
+def test_perfetto_can_read_it(plan: planner.Plan, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    write_plan_trace(plan, path)
+    assert well_formed(events_of(path)) > 3
+    decoder = planner.compile("llama3-8b", "h100-8x8")
+    write_plan_trace(decoder, path)
+    assert well_formed(events_of(path)) == 0  # its ranks all do the same
+
+
 def test_a_run_is_put_beside(tmp_path: Path) -> None:
     """Every op of a profiled run; and by phases what the same ops are cut into."""
     file, out = tmp_path / "plan.json", tmp_path / "trace.json"
@@ -77,6 +134,7 @@ def test_a_run_is_put_beside(tmp_path: Path) -> None:
     made.save(file)
     run = CliRunner().invoke(cli, ["trace", str(file), "--run", "-o", str(out), "--json"])
     assert run.exit_code == 0, run.output
+    well_formed(events_of(out))
     names: dict[int, set[str]] = defaultdict(set)
     for event in events_of(out):
         names[event["pid"]].add(event["name"])
