@@ -69,12 +69,12 @@ def candidate(
     steps, crossing = {}, {}
     for name, (kind, shape, model) in forms.items():
         compression = peer_compression(program, tables, shape, kind, calibration)
-        timeline, crossing[name] = _step(program, tables, shape, kind, model, compression, calibration)
+        timeline, crossing[name] = tower_step(program, tables, shape, kind, model, compression, calibration)
         steps[name] = timeline.step
     return Candidate(tables, certificate, tiers, compression, timeline, steps, crossing)
 
 
-def _step(
+def tower_step(
     program: Program,
     tables: tuple[TablePlan, ...],
     towers: tuple[Tower, ...],

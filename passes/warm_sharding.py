@@ -19,10 +19,14 @@ from passes.sharding_prices import sharding_problem
 
 @dataclass(frozen=True, slots=True)
 class WarmSharding:
-    """Sharding of flat tables, from a placement ``known`` of the same tables on as many ranks in hosts of the same size."""
+    """Sharding of flat tables, from a placement ``known`` of the same tables.
+
+    ``ranks``: those that they lie on, (all, of a host); on others tables keep their options and are placed anew.
+    """
 
     name: ClassVar[str] = "sharding"
     known: tuple[TablePlan, ...]
+    ranks: tuple[int, int]
     calibration: Calibration | None = None
 
     def run(self, program: Program) -> Program:
@@ -30,12 +34,16 @@ class WarmSharding:
         calibration = self.calibration or default_calibration(program.topology)
         try:
             stated = sharding_problem(program, calibration)
+            start = start_of(stated, self.known, program.topology)
+            if self.ranks != (program.topology.world_size, program.topology.host_size):
+                start = (start[0], None)
             solution = solve(
                 stated.problem,
                 time_limit=program.options.time_limit,
                 seed=program.options.seed,
+                effort="warm",
                 stop_gap=GOOD_ENOUGH if len(program.model.tables) > MANY_TABLES else 0.0,
-                start=start_of(stated, self.known, program.topology),
+                start=start,
             )
         except InfeasibleError:
             return Sharding(self.calibration).run(program)  # looks further, and explains what conflicts

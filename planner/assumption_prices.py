@@ -46,7 +46,9 @@ def priced(
     if plan.decisions.parallelism is not None:
         return calibration or llm_calibration(plan.topology), _decoder(plan), step
     constants = calibration or default_calibration(plan.topology)
-    dense = plan.decisions.dense
+    towers, dense = plan.decisions.towers, plan.decisions.dense
+    if towers is not None and towers.applied:
+        return constants, _towers(plan, model), step
     if dense is not None and dense.sparse is not None and dense.sparse.groups > 1:
         found = next(c for c in dense.sparse.candidates if c.groups == dense.sparse.groups)
         assert found.step_seconds is not None, "only groups that fit are chosen"
@@ -128,6 +130,30 @@ def _groups(plan: ir.plan.Plan, model: Any) -> Price:
         whole = _stepped(program, topology, calibration)
         one = replace(group_program(whole, count), tables=tables)
         return {"step": group_seconds(whole, one, count, every, calibration)[0]}
+
+    return price
+
+
+def _towers(plan: ir.plan.Plan, model: Any) -> Price:
+    """Tables in towers, with what their modules leave of the layers above."""
+    from passes.tower_candidate import tower_step
+    from passes.tower_compression import peer_compression
+    from passes.towers import Towers
+    from planner.towers import price_over_arch
+
+    program, decided = program_of(plan, model), plan.decisions.towers
+    assert decided is not None
+    source = model or plan.provenance.get("model") or plan.model.name
+    over_arch = next(p.over_arch for p in price_over_arch((Towers(),), source) if isinstance(p, Towers))
+    above = program.model
+    if decided.module != "none" and over_arch is not None:
+        above = over_arch(sum(t.vectors_out for t in decided.towers), decided.towers[0].columns_out)
+    how = (plan.table_plans, decided.towers, decided.module)
+
+    def price(topology: Topology, calibration: Any) -> dict[str, float]:
+        there = replace(program, topology=topology)
+        codecs = peer_compression(there, *how, calibration)
+        return {"step": tower_step(there, *how, above, codecs, calibration)[0].step}
 
     return price
 

@@ -77,8 +77,9 @@ def change(inputs: Inputs, settings: Mapping[str, str]) -> Inputs:
 def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None, **options: Any) -> Plan:
     """Plan again with ``settings`` changed; ``options`` go to :func:`planner.compile`.
 
-    Where the ranks stay as they are, the search starts from the plan and names ranks so that little moves; the
-    provenance then says which plan it was (``start``).
+    The search starts from the plan, on other ranks from its sharding types, and names ranks so that little moves; the
+    provenance then says which plan it was (``start``). Plans with towers, formats or tiers are planned anew, and so are
+    few tables on other ranks, which takes no longer.
 
     Args:
         plan: the plan to start from.
@@ -95,9 +96,9 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
     captured = model_of(plan, model)
     options.setdefault("objective", plan.provenance.get("objective", "phases"))
     options.setdefault("seed", int(plan.provenance.get("seed", "0")))
-    warm = _keeps_its_ranks(plan, changed) and "passes" not in options
+    warm = _starts(plan, changed) and "passes" not in options
     if warm:
-        options["passes"] = _warm_passes(plan, changed.constraints, options.get("calibration"))
+        options["passes"] = _warm_passes(plan, changed, options.get("calibration"))
     made = compile(
         captured,
         changed.topology,
@@ -112,31 +113,40 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
     return replace(made, provenance={**made.provenance, **said})
 
 
-def _keeps_its_ranks(plan: ir.plan.Plan, changed: Inputs) -> bool:
-    """Whether the plan's placement means something to the changed inputs: flat tables on the same ranks."""
-    machine, limits = changed.topology, changed.constraints
-    towers = plan.decisions.towers
+def _starts(plan: ir.plan.Plan, changed: Inputs) -> bool:
+    """Whether the plan's sharding helps with the changed inputs: flat tables, decided by sharding alone."""
+    from passes.assignment.solve import FEW_TABLES
+
+    limits, towers, machine = changed.constraints, plan.decisions.towers, changed.topology
+    there = (machine.world_size, machine.host_size) == (plan.world_size, plan.topology.host_size)
     return (
-        bool(plan.table_plans)
-        and (machine.world_size, machine.host_size) == (plan.world_size, plan.topology.host_size)
+        len(plan.table_plans) > (0 if there else FEW_TABLES)
         and limits.formats is None
         and limits.tiers is None
         and not (towers is not None and towers.applied)
     )
 
 
-def _warm_passes(
-    plan: ir.plan.Plan, limits: Constraints, calibration: Calibration | None
-) -> tuple[Pass, ...]:
+def _warm_passes(plan: ir.plan.Plan, changed: Inputs, calibration: Calibration | None) -> tuple[Pass, ...]:
     from passes.pipeline import pipeline
     from passes.relabel import Relabel
     from passes.warm_sharding import WarmSharding
 
+    limits, machine = changed.constraints, changed.topology
     pinned = frozenset(t.name for t in plan.table_plans if limits.for_table(t.name).ranks is not None)
-    same = Relabel(plan.table_plans, tuple(range(plan.world_size)), pinned)
+    ranks = (plan.world_size, plan.topology.host_size)
+    named: list[Pass] = []
+    if machine.host_size == plan.topology.host_size:  # the first hosts stay
+        left = range(plan.world_size)
+        survivors = tuple(rank if rank in left else -1 for rank in range(machine.world_size))
+        named = [Relabel(plan.table_plans, survivors, pinned)]
     made: list[Pass] = []
     for step in pipeline(calibration):
-        made += [WarmSharding(plan.table_plans, calibration), same] if step.name == "sharding" else [step]
+        made += (
+            [WarmSharding(plan.table_plans, ranks, calibration), *named]
+            if step.name == "sharding"
+            else [step]
+        )
     return tuple(made)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -18,7 +19,11 @@ from ir.collective_plan import CollectiveRequest
 from ir.compression import CompressionRequest
 from ir.dense_plan import DenseRequest
 from ir.errors import InputError
+from ir.ops import EmbeddingTable
+from ir.program import Model
 from ir.serving import ServingRequest
+from ir.towers import TowerRequest
+from passes.assignment import Option, Piece, Problem, solve
 from planner.assumption_prices import priced
 from planner.assumptions import sensitivity
 from planner.cli import cli
@@ -95,9 +100,51 @@ def test_whatif_is_what_compile_gives(plan: planner.Plan) -> None:
     assert made.timeline == direct.timeline
     there_and_back = whatif(made, {"hosts": "2"}, time_limit=WORK)
     assert there_and_back.table_plans == plan.table_plans
-    assert "start" not in there_and_back.provenance  # other ranks: nothing to start from
+    assert "start" not in there_and_back.provenance  # other ranks, and few tables: quicker planned anew
     with pytest.raises(InputError, match="not the model of the plan"):
         whatif(plan, {"hosts": "1"}, model="dlrm")
+
+
+def test_many_tables_start_from_the_plan_on_other_hosts() -> None:
+    tables = tuple(
+        EmbeddingTable(f"t{n}", rows=(n % 9 + 1) * 40_000, dim=32, features=(f"f{n}",)) for n in range(70)
+    )
+    model = Model("seventy", tables, ())
+    plan = planner.compile(model, "h100-2x2", time_limit=WORK)
+    made = whatif(plan, {"hosts": "1"}, model=model, time_limit=WORK)
+    assert made.provenance["start"] == plan.digest
+    assert made.world_size == 2
+    assert all(finding.ok for finding in planner.verify(made))
+
+
+def many(seed: int = 0) -> Problem:
+    """Eighty tables in two phases, options of one, two and four pieces."""
+    random = np.random.default_rng(seed)
+    options = []
+    for size in map(float, random.lognormal(0.0, 1.2, 80)):
+        options.append(
+            tuple(
+                Option(
+                    f"x{n}",
+                    (Piece("rank", (size / n * 1.1 ** (n > 1), size / n + 0.05), 10.0 * size / n, n),),
+                )
+                for n in (1, 2, 4)
+            )
+        )
+    return Problem(tuple(f"t{n}" for n in range(80)), tuple(options), 3, 4, 1e4, ("a", "b"))
+
+
+def test_many_tables_start_warm_with_a_quarter_of_the_work() -> None:
+    """On fewer hosts, from the options that were good on more: hardly a worse end."""
+    before = solve(many(), time_limit=1.0)
+    fewer = replace(many(), hosts=2)
+    cold = solve(fewer, time_limit=2.0)
+    warm = solve(fewer, time_limit=2.0, effort="warm", start=(before.choice, None))
+    assert warm.work <= 0.26 * 2.0
+    assert warm.objective <= 1.02 * cold.objective
+    assert warm.lower_bound <= cold.objective
+    again = solve(fewer, time_limit=2.0, effort="warm", start=(before.choice, None))
+    assert (again.choice, again.placement) == (warm.choice, warm.placement)
 
 
 def test_with_the_same_ranks_it_starts_from_the_plan(plan: planner.Plan) -> None:
@@ -181,13 +228,20 @@ def coded(share: float = 1.0) -> planner.Plan:
     return planner.compile("dlrm-small", slow("h100-2x4", share * 1e9), constraints=limits, time_limit=WORK)
 
 
+def towered(share: float = 1.0) -> planner.Plan:
+    """Towers with modules, and codecs between the peers."""
+    asked = TowerRequest(module="projection", compression=2.0, always=True)
+    limits = planner.Constraints(towers=asked, compression=CompressionRequest())
+    return planner.compile("dlrm-small", slow("h100-2x4", share * 1e9), constraints=limits, time_limit=WORK)
+
+
 def served(share: float = 1.0) -> planner.Plan:
     """A ring across hosts, beside a cached prefix."""
     limits = planner.Constraints(serving=ServingRequest(new=8000, cached=64000, context=2, tensor=8))
     return planner.compile("llama3-70b", slow("h100-2x8", share * 1e9), mode="inference", constraints=limits)
 
 
-@pytest.mark.parametrize("make", [grouped, coded, served], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [grouped, coded, towered, served], ids=lambda make: make.__name__)
 def test_other_kinds_are_priced_as_planning_them_again_does(make: Callable[..., planner.Plan]) -> None:
     """As planned, and with a slower network under which everything is decided alike."""
     made, again = make(), make(0.9)

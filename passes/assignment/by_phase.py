@@ -79,6 +79,17 @@ def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int, stop
     return bound, method
 
 
+def placements(compiled: Compiled, choice: list[int], seed: int) -> Iterator[list[list[int]]]:
+    """Whole placements of a choice, as even as single passes make them."""
+    proposal, budget = _proposal(compiled, choice), Budget(float("inf"))  # single passes: they end
+    for fill in FILL:
+        places = fit(compiled, choice, proposal.targets, fill, budget)
+        if places is not None:
+            repair = Overflow(compiled, choice, places, seed)
+            repair.run(proposal.targets, REPAIRS, budget)
+            yield repair.place(places)
+
+
 def _proposal(compiled: Compiled, choice: list[int]) -> Proposal:
     flat = compiled.start[:-1] + np.asarray(choice)
     part = (compiled.share[flat] - compiled.everywhere[flat]).sum(axis=0)

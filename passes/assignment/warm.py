@@ -1,4 +1,4 @@
-"""A known placement as a solution to start from."""
+"""A known placement, or known options on other ranks, as a solution to start from."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import numpy as np
 
 from passes.assignment.compiled import Compiled
 from passes.assignment.insertion import State, insert, peak_price
-from passes.assignment.problem import Floats, evaluate, evaluate_extra
+from passes.assignment.problem import Floats, Problem, evaluate, evaluate_extra
+from passes.assignment.relaxation import relax
 from passes.assignment.target_search import Incumbent
 
-Start = tuple[Sequence[int | None], Sequence[Sequence[int]]]
-"""Option index of each table, None for one without; and the places of its pieces, as in ``Solution``."""
+Start = tuple[Sequence[int | None], Sequence[Sequence[int]] | None]
+"""Option index of each table, None for one without; and the places of its pieces, as in ``Solution``, None where the
+ranks are others than those that are known."""
 
 
-def incumbent_of(compiled: Compiled, start: Start) -> Incumbent:
+def incumbent_of(compiled: Compiled, start: Start, seed: int = 0) -> Incumbent:
     """The start as an incumbent: tables without an option take the one that is cheapest beside the others.
 
     An incumbent without a choice when the start does not fit, or a table cannot be put in.
     """
     problem = compiled.problem
+    if start[1] is None:
+        return _placed(compiled, start[0], seed)
     choice, placement = list(start[0]), [list(places) for places in start[1]]
     loads = np.zeros((problem.ranks, len(problem.phases)))
     state = State(problem, loads, np.zeros(problem.ranks))
@@ -34,7 +38,11 @@ def incumbent_of(compiled: Compiled, start: Start) -> Incumbent:
                 return Incumbent()
             choice[t], placement[t] = found
             _put(compiled, state, t, found[0], found[1])
-    chosen = [j for j in choice if j is not None]
+    return _within(problem, [j for j in choice if j is not None], placement)
+
+
+def _within(problem: Problem, chosen: list[int], placement: list[list[int]]) -> Incumbent:
+    """The solution as an incumbent; one without a choice where a limit is exceeded."""
     spots = tuple(tuple(places) for places in placement)
     loads, memory = evaluate(problem, chosen, spots)
     extra, spent = evaluate_extra(problem, tuple(chosen), spots)
@@ -45,6 +53,18 @@ def incumbent_of(compiled: Compiled, start: Start) -> Incumbent:
         return Incumbent()
     value = float(loads.max(axis=0).sum())
     return Incumbent(value, float(loads.sum(axis=1).max()), chosen, placement)
+
+
+def _placed(compiled: Compiled, known: Sequence[int | None], seed: int) -> Incumbent:
+    """The known options, others where the relaxation has them, placed anew."""
+    from passes.assignment.by_phase import placements  # OR-Tools takes a second to load
+
+    relaxed = relax(compiled, compiled.usable).choice - compiled.start[:-1]
+    choice = [int(relaxed[t]) if j is None else j for t, j in enumerate(known)]
+    if not compiled.usable[compiled.start[:-1] + np.asarray(choice)].all():
+        return Incumbent()
+    found = [_within(compiled.problem, choice, places) for places in placements(compiled, choice, seed)]
+    return min(found, key=lambda one: one.value, default=Incumbent())
 
 
 def _put(compiled: Compiled, state: State, t: int, j: int, places: list[int]) -> None:
