@@ -90,7 +90,11 @@ class PhasedModel:
         self._sharded.step()
 
     def begin_step(self, step: int) -> bool:
-        """Enter the phase of ``step``, all ranks together; whether one began. Raises InputError for a step of a phase before."""
+        """Enter the phase of ``step``, all ranks together; whether one began.
+
+        Raises:
+            InputError: a step of a phase that is over.
+        """
         before = self.section.phases[self._phases.phase]
         if not self._phases.begin_step(step):
             return False
