@@ -119,23 +119,27 @@ def _links_of(cluster: Cluster, folder: Path) -> Callable[[str], None]:
     return heard
 
 
-def steps_at_speeds(report: Report, setting: Setting, shares: Sequence[float], quick: bool) -> None:
+def steps_at_speeds(
+    report: Report, setting: Setting, shares: Sequence[float], links: Sequence[str], quick: bool
+) -> None:
     """Rows of every speed and variant of one cluster, and the claims; raises ClusterUnavailable.
 
-    ``shares`` are of the flat step that the slow link is to take.
+    ``shares`` are of the flat step that the slow link is to take; unused where speeds are given as ``links``.
     """
     decision = setting.decision()
     amount = {"turns": 2, "steps": 4} if quick else {"turns": 3, "steps": 5}
-    flat = setting.plan(FLAT, setting.unmeasured(), None)
-    with Cluster(setting.hosts, setting.ranks, FAST) as cluster:  # connections agree on the largest frames
-        wanted = sorted(shares, reverse=True)
-        probed = measure(cluster, {FLAT: flat}, shares=wanted, **amount)
+    probed: dict[str, Any] = {"speeds": sorted(parse_bandwidth(link) for link in links), "probes": []}
+    if not links:
+        flat = setting.plan(FLAT, setting.unmeasured(), None)
+        # fast at first, so that connections agree on the largest frames
+        with Cluster(setting.hosts, setting.ranks, FAST) as cluster:
+            probed = measure(cluster, {FLAT: flat}, shares=sorted(shares, reverse=True), **amount)
     sizes = " + ".join(str(len(tower.features)) for tower in decision.towers)
     tried = ", ".join(f"{8 * speed / 1e6:.0f} Mbit/s {share:.0%}" for speed, share in probed["probes"])
     report.note(
         f"{setting.name}: {BATCH} samples a rank, {STREAM.dense} dense features, {len(STREAM.rows)} tables of "
         f"{decision.towers[0].dim} columns, towers of {sizes} tables that send {decision.towers[0].columns_out} columns; "
-        f"shares tried: {tried}; published for other hardware: at most {PUBLISHED}x"
+        f"shares tried: {tried or 'none'}; published for other hardware: at most {PUBLISHED}x"
     )
     print(f"done: {report.notes[-1]}", file=sys.stderr, flush=True)
     found = [_at_speed(report, setting, speed, decision, amount) for speed in probed["speeds"]]

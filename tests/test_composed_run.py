@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from codegen.composed import refused
+from codegen.execution import form_of
 from codegen.runtime.launch import launch
 from cost_models.dense import dense_units
 from ir.capture import capture
@@ -112,6 +113,13 @@ def test_a_split_dense_part_joins_the_others(
     assert found["split"] == 4  # parameters are split on every rank
     for name in ("outputs", "tables", "dense"):
         assert found["worst"][name] < EXACT, name
+
+
+def test_towers_beside_a_split_dense_part_are_composed() -> None:
+    """The runtime of towers alone would copy the dense part to every rank."""
+    plan = plans.towered(plans.flat_plan(2, 2, plans.TOWERS_2X2))
+    assert form_of(plan) == "towers"
+    assert form_of(plans.with_decisions(plan, dense=DensePlan("hsdp", 2, 2))) == "composed"
 
 
 def _row_split(plan: Plan) -> Plan:

@@ -91,6 +91,12 @@ def test_one_plan_decides_everything_and_verifies(plan: planner.Plan) -> None:
     assert any(table.tiers is not None for table in plan.table_plans)
     assert plan.decisions.compression is not None
     assert plan.decisions.compression.uses("forward")
+    # the dense part is split over a host, and the step in tower form is priced so
+    assert plan.decisions.dense is not None
+    assert plan.decisions.dense.shard == 2
+    reduced = [e.name for e in plan.timeline.events if "all_reduce" in e.name]
+    assert reduced
+    assert all(name.startswith("shard_all_reduce") for name in reduced)
     # every section can be read, saved and drawn
     text = plan.explain()
     for words in ("deduplication", "compression", "towers", "growth"):

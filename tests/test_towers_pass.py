@@ -36,6 +36,7 @@ from passes.tower_pools import pools
 from planner.towers import sample_pooled
 from planner.zoo import build
 from planner.zoo.multi_tower import over_arch_model, with_towers
+from tests.composed_plans import compressed
 
 RANKS = str(Path(__file__).with_name("tower_plans.py"))
 
@@ -443,7 +444,8 @@ def test_a_codec_between_peers(
 
 def test_emitted_script_trains(tmp_path: Path, small_plan: planner.Plan) -> None:
     script = tmp_path / "train.py"
-    script.write_text(emit_towers(small_plan, "dlrm-small"))
+    coded = compressed(small_plan, dict.fromkeys(("tower 0", "tower 1"), ("eb_entropy", 0.01)))
+    script.write_text(emit_towers(coded, "dlrm-small"))
     root = str(Path(__file__).parent.parent)
     done = subprocess.run(
         [
