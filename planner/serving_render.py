@@ -35,13 +35,14 @@ def serving_facts(plan: Plan) -> list[tuple[str, str]]:
         for name, value in (("ttft", request.ttft), ("ttit", request.ttit))
         if value is not None
     ]
+    copies = "1 replica" if made.replicas == 1 else f"{made.replicas} replicas"
     return [
         (
             "request",
             f"{request.new:,} new tokens after {request.cached:,} cached, {_sequences(request.batch)}; "
             + (", ".join(targets) or "no latency target"),
         ),
-        ("layout", f"{chosen.layout.label}: {chosen.layout.ranks} devices, {made.replicas} replicas"),
+        ("layout", f"{chosen.layout.label}: {chosen.layout.ranks} devices, {copies}"),
         (
             "attention",
             f"{chosen.exchange} for this request" if chosen.layout.context > 1 else "on each device alone",
