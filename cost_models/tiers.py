@@ -39,7 +39,9 @@ FloatArray = npt.NDArray[np.float64]
 
 TIER_EFFICIENCY = 0.8  # of the peak: 75 to 85 % is what DDR4 and DDR5 servers are reported to reach
 SECONDS_A_DAY = 86400.0
-UNIFORM_GROUPS = 64  # split points offered for a table whose popularity is unknown
+UNIFORM_GROUPS = (
+    64  # split points offered for a table whose popularity is unknown, or among rows of equal popularity
+)
 
 # Bytes/s that a copy between host and device reaches: thresholds of Azure's node health checks, PCIe 4 and 5
 PCIE4_COPY = 21e9
@@ -128,20 +130,27 @@ def touched_rows(table: EmbeddingTable, topology: Topology, workload: Workload) 
     edges = np.concatenate([[0.0], ends])[first]
     group = np.minimum(np.searchsorted(edges, ends, side="left") - 1, len(edges) - 2)
     group = np.maximum(group, 0)
+    rows = np.diff(edges)
     return Touched(
-        np.diff(edges),
-        np.minimum(np.bincount(group, touched, len(edges) - 1), np.diff(edges)),
-        np.bincount(group, popularity.mass, len(edges) - 1).astype(np.float64),
+        rows,
+        np.minimum(np.bincount(group, touched, len(rows)), rows),
+        np.bincount(group, popularity.mass, len(rows)).astype(np.float64),
     )
 
 
 def table_popularity(table: EmbeddingTable, workload: Workload) -> Popularity:
-    """Popularity of a table's rows; even where no feature has an ICDF."""
+    """Popularity of a table's rows; even where no feature has an ICDF.
+
+    The last steps of an ICDF hold most rows of a skewed table, all taken as equally popular. Groups that hold more than
+    1 / UNIFORM_GROUPS of the rows are cut, so that a split may fall inside.
+    """
     busiest = max((workload.stats(f) for f in table.features), key=lambda s: s.pooling_factor, default=None)
     if busiest is None or not busiest.icdf:
         groups = min(UNIFORM_GROUPS, table.rows)
         return Popularity(np.full(groups, table.rows / groups), np.full(groups, 1 / groups))
-    return Popularity.from_icdf(busiest.icdf, table.rows)
+    coarse = Popularity.from_icdf(busiest.icdf, table.rows)
+    parts = np.ceil(coarse.counts * (UNIFORM_GROUPS / coarse.rows) - 1e-9).astype(np.int64)
+    return Popularity(np.repeat(coarse.counts / parts, parts), np.repeat(coarse.mass / parts, parts))
 
 
 def cached_misses(
@@ -162,7 +171,11 @@ def cached_misses(
             if math.isinf(time)
             else -np.expm1(-popularity.mass / popularity.counts * time)
         )
-    return float((touched.touched * (1 - held)).sum()), float((popularity.mass * held).sum())
+    # groups of ``touched`` end at whole rows
+    ends = np.concatenate([[0.0], np.cumsum(popularity.counts)]) * (table.rows / popularity.rows)
+    total = np.concatenate([[0.0], np.cumsum(touched.touched)])
+    asked = np.diff(np.interp(ends, np.concatenate([[0.0], np.cumsum(touched.rows)]), total))
+    return float((asked * (1 - held)).sum()), float((popularity.mass * held).sum())
 
 
 @dataclass(frozen=True, slots=True)

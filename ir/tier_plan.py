@@ -133,8 +133,8 @@ class TierUse:
         seconds: device time by resource ("bandwidth", "iops", "endurance", "lookup" by processors in the
             memory) that one step takes; each must stay below the step.
         binding: the resources whose price is not zero: "capacity" or one of those.
-        price_per_gb: seconds of the step that 1e9 bytes more on every host (rank, for the device's tier) would save at
-            most, by the prices of the linear program.
+        price_per_gb: seconds of the step that a tier of 1e9 bytes more on every host (rank, for the device's tier)
+            would save at most, by the prices of the linear program; ``memory_reserve`` of them stays free.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT

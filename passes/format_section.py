@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from cost_models.embedding import state_bytes, stored_bytes
 from cost_models.formats import bits_per_element
-from ir.format_plan import FormatPlan, FormatRequest, ParetoPoint, TensorFormat
+from ir.format_plan import FormatPlan, FormatRequest, TensorFormat
 from ir.program import Program
 from ir.units import format_bytes
 from passes.assignment import Option
@@ -36,6 +36,16 @@ class Resolved:
 def total_loss(problem: JointProblem, joint: Joint) -> float:
     """Predicted loss increase of a joint solution, traffic included."""
     return sum(tensor.loss for tensor in tensor_formats(problem, joint))
+
+
+def stored_size(problem: JointProblem, joint: Joint) -> float:
+    """Bytes of all tables with their optimizer state and of all GEMM weights."""
+    program = problem.program
+    size = sum(t.elements * t.bits / 8 for t in tensor_formats(problem, joint) if t.kind == "weight")
+    for t, table in enumerate(program.model.tables):
+        chosen = problem.meaning(joint, t)
+        size += table.rows * _row_bytes(program, table.dim, chosen.format, chosen.state)
+    return size
 
 
 def dense_choice(problem: JointProblem, joint: Joint, member: int) -> DenseChoice:
@@ -172,12 +182,9 @@ def trade(other: str, loss: float, size: float) -> str:
     return f"{other} would {' and '.join(parts) or 'be the same'}"
 
 
-def format_section(
-    problem: JointProblem, joint: Joint, bound: float, resolved: Resolved, pareto: tuple[ParetoPoint, ...]
-) -> FormatPlan:
-    """The section ``decisions.formats``."""
-    program = problem.program
-    asked = program.options.constraints.formats
+def format_section(problem: JointProblem, joint: Joint, bound: float, resolved: Resolved) -> FormatPlan:
+    """The section ``decisions.formats``, without a sweep."""
+    asked = problem.program.options.constraints.formats
     menu = problem.maker.formats
     assert asked is not None
     assert menu is not None
@@ -190,10 +197,6 @@ def format_section(
     )
     stored = [t for t in tensors if t.kind in ("table", "weight")]
     elements = sum(t.elements for t in stored)
-    size = sum(t.elements * t.bits / 8 for t in tensors if t.kind == "weight")
-    for t, table in enumerate(program.model.tables):
-        chosen = problem.meaning(joint, t)
-        size += table.rows * _row_bytes(program, table.dim, chosen.format, chosen.state)
     step = asked.objective == "step"
     given = asked.sensitivity
     price = 0.0
@@ -207,14 +210,13 @@ def format_section(
         loss=sum(t.loss for t in tensors),
         stderr=math.sqrt(sum(t.stderr**2 for t in tensors)),
         average_bits=sum(t.elements * t.bits for t in stored) / elements if elements else 32.0,
-        bytes=size,
+        bytes=stored_size(problem, joint),
         cast_seconds=sum(dense_choice(problem, joint, i).price.cast for i in range(len(problem.members))),
         sensitivity=f"{given.method}, {given.metric}"
         if given
         else "data-free: 10^(-QSNR/10) on a standard normal",
         tensors=tensors,
         loss_price=price if step else resolved.price,
-        pareto=pareto,
     )
 
 

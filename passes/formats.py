@@ -1,10 +1,7 @@
 """Number formats: requests other than "least step" turned into pins, and the sweep of budgets.
 
-* ``memory`` and ``loss`` (the reverse) are a multiple-choice knapsack over all tensors
-  (:mod:`passes.format_knapsack`); its choice is pinned and sharding then minimises the step.
-* ``loss`` with ``max_step``: the least accuracy budget whose step is short enough; budgets that the master
-  program refutes are the bound.
-* Tables that must agree: the format that the relaxation uses most within the budgets is pinned.
+``memory`` and ``loss`` (the reverse) are a multiple-choice knapsack over all tensors (:mod:`passes.format_knapsack`); its
+choice is pinned and sharding then minimises the step. With ``max_step``: :mod:`passes.format_step_limit`.
 """
 
 from __future__ import annotations
@@ -14,26 +11,21 @@ from dataclasses import replace
 
 from cost_models.calibration import Calibration
 from ir.errors import InfeasibleError, InputError
-from ir.format_plan import FormatRequest, ParetoPoint
+from ir.format_plan import FormatPlan, FormatRequest, ParetoPoint
 from ir.program import Program
-from ir.units import format_seconds
 from passes.format_knapsack import Knapsack, KnapsackOption, solve_knapsack
 from passes.format_menu import grouped
-from passes.format_section import Resolved, format_section, total_loss, trade
-from passes.joint import JointProblem, best_traffic, relax_all, state_problem
+from passes.format_requests import UNBOUNDED, agree, largest_sum, pinned, untied, with_request
+from passes.format_section import Resolved, format_section, trade
+from passes.joint import JointProblem, state_problem, traffic_programs
+from passes.joint_search import search_formats
+from passes.joint_solve import best_traffic
 
-BISECTIONS = 12  # steps on the accuracy budget that a step limit needs
-SLACKS = (1.0, 1.02, 1.1, 1.3, 2.0, 4.0)  # of that budget, until a placed plan keeps the step limit
 
-
-def resolve(program: Program, calibration: Calibration) -> Resolved:
-    """Turn the program's request into one for the step.
-
-    Raises:
-        InputError: an objective without a bound that gives it a meaning.
-        InfeasibleError: no formats within the budgets.
-    """
-    request = program.options.constraints.formats
+def check(program: Program) -> None:
+    """Raise InputError for a request whose parts do not make sense together."""
+    constraints = program.options.constraints
+    request = constraints.formats
     assert request is not None
     bounded = (request.average_bits, request.max_bytes, request.max_step)
     if request.objective == "loss" and all(bound is None for bound in bounded):
@@ -43,16 +35,24 @@ def resolve(program: Program, calibration: Calibration) -> Resolved:
         )
     if request.objective == "memory" and request.max_loss is None and request.average_bits is None:
         raise InputError("formats.objective 'memory' needs a bound on accuracy; give max_loss")
-    if request.objective == "loss" and request.max_step is not None:
-        return _least_loss(program, calibration, request)
+    if (
+        request.max_step is not None
+        and constraints.tiers is not None
+        and constraints.tiers.objective != "step"
+    ):
+        raise InputError(
+            f"formats.max_step and tiers.objective {constraints.tiers.objective!r} both set the step; leave max_step "
+            "out, tiers.throughput limits the step there"
+        )
+
+
+def resolve(program: Program, calibration: Calibration) -> Resolved:
+    """Turn the program's request into one for the step; raises InfeasibleError when no formats keep the budgets."""
+    request = program.options.constraints.formats
+    assert request is not None
     if request.objective != "step":
         return _knapsack(program, calibration, request)
-    return Resolved(_agree(program, calibration, request))
-
-
-def _with(program: Program, request: FormatRequest) -> Program:
-    constraints = replace(program.options.constraints, formats=request)
-    return replace(program, options=replace(program.options, constraints=constraints))
+    return Resolved(agree(program, calibration, request))
 
 
 def _knapsack(program: Program, calibration: Calibration, request: FormatRequest) -> Resolved:
@@ -63,9 +63,20 @@ def _knapsack(program: Program, calibration: Calibration, request: FormatRequest
         "bits": None if request.average_bits is None else request.average_bits * elements,
         "bytes": request.max_bytes,
     }
+    wide = replace(
+        request, objective="step", max_loss=UNBOUNDED, average_bits=UNBOUNDED, max_bytes=2**62, groups=()
+    )
+    wires = {
+        one.workload.exchange_dtype: loss.mean
+        for one, loss in traffic_programs(with_request(program, wide), wide)
+    }
+    finest = min(wires.values())  # what embedding traffic loses at least
+    if limits["loss"] is not None:
+        limits["loss"] -= finest
+        if limits["loss"] < 0:
+            raise _nothing_fits(["loss"])
     budgets = [(name, float(limit)) for name, limit in limits.items() if limit is not None]
-    wide = replace(request, objective="step", max_loss=1e100, average_bits=1e100, max_bytes=2**62, groups=())
-    stated = state_problem(_with(program, wide), calibration)
+    stated = state_problem(with_request(program, wide), calibration)
     target = "bytes" if request.objective == "memory" else "loss"
     members, pins = _members(stated, request, names)
     options = [
@@ -75,22 +86,35 @@ def _knapsack(program: Program, calibration: Calibration, request: FormatRequest
     try:
         found = solve_knapsack(options, [limit for _, limit in budgets])
     except InfeasibleError:
-        words = {"loss": "max_loss", "bits": "average_bits", "bytes": "max_bytes"}
-        given = tuple(f"formats.{words[name]}" for name, _ in budgets)
-        raise InfeasibleError(
-            f"no choice of formats keeps {' and '.join(given)}; raise a budget or allow other formats",
-            conflict=given,
-            relaxation="a larger budget",
-        ) from None
-    rules = dict(request.rules)
-    for pinned, choice in zip(pins, found.choice, strict=True):
-        rules.update(pinned[choice])
-    pinned_request = replace(
-        request, objective="step", max_loss=None, average_bits=None, max_bytes=None, rules=rules, groups=()
+        raise _nothing_fits([name for name, _ in budgets]) from None
+    # accuracy that is left over may go into the traffic, but a loss that is minimised may not
+    spent = sum(sums[at]["loss"] for sums, at in zip(members, found.choice, strict=True))
+    room = finest if target == "loss" or request.max_loss is None else request.max_loss - spent
+    kept = tuple(sorted(name for name, loss in wires.items() if loss <= max(room, finest)))
+    held = {name: f for every, at in zip(pins, found.choice, strict=True) for name, f in every[at].items()}
+    if program.model.tables:
+        held |= {"traffic.forward": kept, "traffic.backward": kept}
+    chosen = replace(
+        pinned(request, held), objective="step", max_loss=None, average_bits=None, max_bytes=None, groups=()
     )
     price = next((p for (name, _), p in zip(budgets, found.prices, strict=True) if name == "loss"), 0.0)
+    extra = finest if target == "loss" else 0.0
     return Resolved(
-        pinned_request, found.value, found.bound, price, _following(members, pins, options, found)
+        chosen,
+        found.value + extra,
+        found.bound + extra,
+        price,
+        _following(members, pins, options, found),
+    )
+
+
+def _nothing_fits(budgets: Sequence[str]) -> InfeasibleError:
+    words = {"loss": "max_loss", "bits": "average_bits", "bytes": "max_bytes"}
+    given = tuple(f"formats.{words[name]}" for name in budgets)
+    return InfeasibleError(
+        f"no choice of formats keeps {' and '.join(given)}; raise a budget or allow other formats",
+        conflict=given,
+        relaxation="a larger budget",
     )
 
 
@@ -186,117 +210,41 @@ def _merge(
     return [s for s, _ in pairs], [p for _, p in pairs]
 
 
-def _least_loss(program: Program, calibration: Calibration, request: FormatRequest) -> Resolved:
-    """The least accuracy budget whose step keeps ``max_step``."""
-    assert request.max_step is not None
-    most = request.max_loss if request.max_loss is not None else _worst_loss(program, calibration, request)
+def sweep(
+    program: Program, calibration: Calibration, request: FormatRequest, made: Sequence[ParetoPoint] = ()
+) -> tuple[ParetoPoint, ...]:
+    """Least step at several accuracy budgets, from none to the loss of the narrowest choice.
 
-    def asked(budget: float) -> FormatRequest:
-        return _agree(
-            program, calibration, replace(request, objective="step", max_step=None, max_loss=budget)
-        )
-
-    def refuted(budget: float) -> bool:
-        stated, _ = relax_all(_with(program, asked(budget)), calibration)
-        return not stated or stated[0][1].bound > float(request.max_step or 0.0)
-
-    low, high = 0.0, most
-    if refuted(high):
-        raise _too_slow(request, "formats reach")
-    for _ in range(BISECTIONS if refuted(0.0) else 0):
-        middle = 0.5 * (low + high)
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    start = high if refuted(0.0) else 0.0
-    for slack in SLACKS:
-        budget = min(most, start * slack)
-        chosen = asked(budget)
-        problem, joint, _ = best_traffic(_with(program, chosen), calibration, request=chosen)
-        if joint.step <= request.max_step:
-            spent = total_loss(problem, joint)
-            return Resolved(chosen, spent, min(spent, low))
-    raise _too_slow(request, "placed plan reaches")
-
-
-def _too_slow(request: FormatRequest, what: str) -> InfeasibleError:
-    assert request.max_step is not None
-    bounded = request.max_loss is not None
-    within = " within formats.max_loss" if bounded else ""
-    limits = ("formats.max_step", "formats.max_loss") if bounded else ("formats.max_step",)
-    return InfeasibleError(
-        f"no {what} a step of {format_seconds(request.max_step)}{within}; allow a longer step",
-        conflict=limits,
-    )
-
-
-def _worst_loss(program: Program, calibration: Calibration, request: FormatRequest) -> float:
-    """The loss of the most lossy choice of every tensor: a budget that binds nothing."""
-    wide = replace(request, objective="step", max_step=None, max_loss=1e100)
-    stated = state_problem(_with(program, wide), calibration)
-    at = stated.budgets.index("loss")
-    total = sum(
-        len(menu.tables) * max(option.cost[at] for option in menu.options) * stated.scale[at]
-        for menu in stated.menus
-    )
-    return float(total)
-
-
-def _agree(program: Program, calibration: Calibration, request: FormatRequest) -> FormatRequest:
-    """Pin the common format of tables that must agree."""
-    model = program.model
-    ties = grouped([table.name for table in model.tables], request.groups)
-    for group in sorted(set(ties.values())):
-        members = [t for t, table in enumerate(model.tables) if ties.get(table.name) == group]
-        stated = state_problem(_with(program, replace(request, groups=())), calibration)
-        relaxed = stated.relax()
-        use: dict[str, float] = {}
-        shared: set[str] | None = None
-        for c, made in enumerate(stated.classes):
-            here = [t for t in members if t in made.members]
-            if not here:
-                continue
-            formats = {base.format for base in made.bases}
-            shared = formats if shared is None else shared & formats
-            for k, (owner, o) in enumerate(relaxed.index):
-                if owner == c and relaxed.values[k] > 0:
-                    format = made.meaning[made.menu.options[o]].format
-                    part = len(here) / len(made.members)
-                    use[format] = use.get(format, 0.0) + relaxed.values[k] * part * made.table.params
-        ranked = sorted(shared or (), key=lambda f: (-use.get(f, 0.0), f))
-        for format in ranked:
-            trial = replace(
-                request, rules={**request.rules, **{model.tables[t].name: (format,) for t in members}}
-            )
-            try:
-                if not state_problem(_with(program, trial), calibration).relax().exceeded:
-                    request = trial
-                    break
-            except InfeasibleError:
-                continue
-        else:
-            raise InfeasibleError(
-                f"the tables {', '.join(model.tables[t].name for t in members[:4])} must agree on a format and none "
-                "fits the budgets; raise a budget or loosen formats.groups",
-                conflict=(f"formats.groups[{group}]",),
-            )
-    return request
-
-
-def sweep(program: Program, calibration: Calibration, request: FormatRequest) -> tuple[ParetoPoint, ...]:
-    """Least step at several accuracy budgets, from none to the loss of the narrowest choice."""
+    ``made`` are plans that are known already: a plan serves every budget that is not below its loss.
+    """
     if not request.pareto:
         return ()
-    most = _worst_loss(program, calibration, request)
+    most = largest_sum(program, calibration, request, "loss")
     least = max(most * 1e-6, 1e-300)
-    made = []
+    options = program.options
+    known = list(made)
+    points = []
     for i in range(request.pareto):
         budget = least * (most / least) ** (i / max(1, request.pareto - 1))
         asked = replace(request, objective="step", max_loss=budget, max_step=None, pareto=0)
         try:
-            problem, joint, bound = best_traffic(_with(program, asked), calibration, request=asked)
+            pinned_one = agree(program, calibration, asked)
+            problem, joint, bound = best_traffic(
+                with_request(program, pinned_one), calibration, request=pinned_one
+            )
+            bound = untied(program, calibration, asked, bound)
         except InfeasibleError:
             continue
+        joint = search_formats(problem, joint, time_limit=options.time_limit, seed=options.seed)
         section = format_section(
-            replace(problem, program=_with(problem.program, asked)), joint, bound, Resolved(asked), ()
+            replace(problem, program=with_request(problem.program, asked)), joint, bound, Resolved(asked)
         )
-        made.append(ParetoPoint(budget, joint.step, bound, section.loss, section.average_bits))
-    return tuple(made)
+        known.append(known_point(section, joint.step, bound))
+        best = min((p for p in known if p.loss <= budget * (1 + 1e-9)), key=lambda p: p.objective)
+        points.append(replace(best, budget=budget, bound=min(bound, best.objective)))
+    return tuple(points)
+
+
+def known_point(section: FormatPlan, step: float, bound: float) -> ParetoPoint:
+    """A plan as a point of the sweep, its budget what it loses."""
+    return ParetoPoint(section.loss, step, bound, section.loss, section.average_bits)

@@ -32,7 +32,7 @@ from ir.units import format_bytes
 from ir.workload import ExchangeType
 from passes.assignment import Option
 from passes.assignment.column_generation import Frame, Menu, Relaxation, relax
-from passes.assignment.joint import Joint, solve_joint
+from passes.assignment.joint import Joint
 from passes.assignment.master import Duals
 from passes.dense_formats import DenseFormats, DenseMember
 from passes.format_menu import FormatMenu
@@ -253,56 +253,6 @@ def _plain_dense(program: Program, calibration: Calibration, members: Sequence[D
     return total
 
 
-def best_traffic(
-    program: Program,
-    calibration: Calibration,
-    *,
-    step: float | None = None,
-    request: FormatRequest | None = None,
-    enough: bool = False,
-) -> tuple[JointProblem, Joint, float]:
-    """The best of all formats of embedding traffic: problem, solution, and the bound over all of them.
-
-    With ``enough`` any plan that keeps ``step`` will do: the search stops there.
-    """
-    stated, refused = relax_all(program, calibration, step=step, request=request)
-    if not stated:
-        assert refused is not None
-        raise refused
-    best: tuple[JointProblem, Joint] | None = None
-    for problem, relaxed in stated:
-        if best is not None and relaxed.bound >= best[1].step:
-            break
-        try:
-            joint = solve_joint(
-                problem.frame,
-                problem.menus,
-                relaxed,
-                time_limit=program.options.time_limit,
-                seed=program.options.seed,
-                stop_gap=_slack(problem, relaxed) if enough else 0.0,
-            )
-        except InfeasibleError as error:
-            refused = error
-            continue
-        if best is None or joint.step < best[1].step:
-            best = problem, joint
-        if enough and step is not None and best[1].step <= step:
-            break
-    if best is None:
-        assert refused is not None
-        raise refused
-    return (*best, min(best[1].step, stated[0][1].bound))
-
-
-def _slack(problem: JointProblem, relaxed: Relaxation) -> float:
-    """Gap above the bound at which the phases just keep the step that was allowed."""
-    frame = problem.frame
-    if frame.step is None or relaxed.bound <= frame.base:
-        return 0.0
-    return max(0.0, (frame.step - frame.base) / (relaxed.bound - frame.base) - 1.0)
-
-
 def relax_all(
     program: Program,
     calibration: Calibration,
@@ -314,7 +264,7 @@ def relax_all(
     stated: list[tuple[float, int, JointProblem, Relaxation]] = []
     refused: InfeasibleError | None = None
     try:
-        programs = _traffic_programs(program, request)
+        programs = traffic_programs(program, request)
     except InfeasibleError as error:
         return [], error
     for order, (one, loss) in enumerate(programs):
@@ -332,8 +282,8 @@ def relax_all(
     return [(problem, relaxed) for _, _, problem, relaxed in stated], refused
 
 
-def _traffic_programs(program: Program, request: FormatRequest | None) -> list[tuple[Program, LossChange]]:
-    """The program with each format of embedding traffic that may be used."""
+def traffic_programs(program: Program, request: FormatRequest | None) -> list[tuple[Program, LossChange]]:
+    """The program with each format of embedding traffic that may be used, and what the format loses."""
     formats = request if request is not None else program.options.constraints.formats
     declared = program.workload.exchange_dtype
     if formats is None or not program.model.tables:

@@ -9,8 +9,10 @@ from ir.plan import Certificate, TablePlan
 from ir.program import Program
 from ir.tier_plan import TableTiers
 from passes.assignment.joint import Joint
+from passes.format_requests import untied, with_request
 from passes.format_section import Resolved, format_section
-from passes.formats import resolve, sweep
+from passes.format_step_limit import least_within_step, too_slow
+from passes.formats import check, known_point, resolve, sweep
 from passes.joint import JointProblem
 from passes.reasons import explain_tables
 from passes.sharding_plans import table_plan
@@ -23,14 +25,8 @@ OBJECTIVE = (
 
 def decide_jointly(program: Program, calibration: Calibration) -> Program:
     """Decide tables, formats and tiers together; raises InputError or InfeasibleError."""
+    resolved, placed = _solved(program, calibration)
     constraints = program.options.constraints
-    resolved: Resolved | None = None
-    solved = program
-    if constraints.formats is not None:
-        resolved = resolve(program, calibration)
-        options = replace(program.options, constraints=replace(constraints, formats=resolved.request))
-        solved = replace(program, options=options)
-    placed = place(solved, calibration)
     joint, problem = placed.joint, placed.problem
     machine, workload = problem.program.topology, problem.program.workload
     asked = replace(
@@ -41,11 +37,33 @@ def decide_jointly(program: Program, calibration: Calibration) -> Program:
     formats = None
     if resolved is not None:
         assert constraints.formats is not None
-        pareto = sweep(decided, calibration, constraints.formats)
         named = replace(problem, program=decided)
-        formats = format_section(named, joint, placed.bound, resolved, pareto)
+        formats = format_section(named, joint, placed.bound, resolved)
+        swept = sweep(
+            decided, calibration, constraints.formats, (known_point(formats, joint.step, placed.bound),)
+        )
+        formats = replace(formats, pareto=swept)
     sections = replace(decided.decisions, formats=formats, tiers=tier_section(placed))
     return replace(decided, tables=plans, certificate=_certificate(placed), decisions=sections)
+
+
+def _solved(program: Program, calibration: Calibration) -> tuple[Resolved | None, Placed]:
+    """The joint solution, and what the request for formats came to."""
+    request = program.options.constraints.formats
+    if request is None:
+        return None, place(program, calibration)
+    check(program)
+    if request.max_step is not None and request.objective != "step":
+        kept = least_within_step(program, calibration, request)
+        resolved = Resolved(kept.request, kept.value, kept.lower_bound)
+        return resolved, Placed(with_request(program, kept.request), kept.problem, kept.joint, kept.bound)
+    resolved = resolve(program, calibration)
+    placed = place(with_request(program, resolved.request), calibration)
+    if request.objective == "step":
+        placed = replace(placed, bound=untied(placed.program, calibration, request, placed.bound))
+    if request.max_step is not None and placed.joint.step > request.max_step:
+        raise too_slow(request, "formats reach" if placed.bound > request.max_step else "placed plan reaches")
+    return resolved, placed
 
 
 def _tables(program: Program, problem: JointProblem, joint: Joint) -> tuple[TablePlan, ...]:
@@ -72,7 +90,10 @@ def _with_reason(problem: JointProblem, joint: Joint, tiers: TableTiers | None) 
     duals = joint.relaxed.duals
     words = []
     if duals.memory > 0:
-        words.append(f"a GB of the device's memory is worth {duals.memory * 1e15:.3g} us of the step")
+        kept = 1e9 * (1 - problem.program.options.constraints.memory_reserve)
+        words.append(
+            f"one more GB of the device's memory would save up to {duals.memory * kept * 1e6:.3g} us of the step"
+        )
     for row, price in zip(problem.resources, duals.extra, strict=True):
         if price > 0 and row.stretched:
             words.append(f"{row.tier} {row.kind} binds")

@@ -18,8 +18,9 @@ from ir.program import Program
 from ir.tier_plan import HostTrial, TierPlan, TierRequest, TierUse
 from ir.units import format_seconds
 from passes.assignment.joint import Joint
-from passes.joint import JointProblem, best_traffic, relax_all
+from passes.joint import JointProblem, relax_all
 from passes.joint_search import polish, search_formats
+from passes.joint_solve import best_traffic
 from passes.sharding_prices import memory_limit
 
 GROW = 1.15  # step of the upward search once the next few numbers of hosts were not kept
@@ -251,6 +252,7 @@ def tier_section(placed: Placed) -> TierPlan | None:
 def _uses(placed: Placed) -> Iterator[TierUse]:
     """Use of each tier with the prices of the relaxation: what one more GB of it would save."""
     program, joint, problem = placed.program, placed.joint, placed.problem
+    kept = 1e9 * (1 - program.options.constraints.memory_reserve)  # of a GB that is added, what rows may use
     duals, solution, size = joint.relaxed.duals, joint.solution, program.topology.host_size
     device = program.topology.device.tiers[0]
     dense = memory_limit(program) - problem.frame.capacity
@@ -261,7 +263,7 @@ def _uses(placed: Placed) -> Iterator[TierUse]:
         float(memory_limit(program)),
         {},
         binding,
-        duals.memory * 1e9,
+        duals.memory * kept,
     )
     rows = list(enumerate(problem.resources))
     for name in dict.fromkeys(row.tier for row in problem.resources):
@@ -276,7 +278,7 @@ def _uses(placed: Placed) -> Iterator[TierUse]:
             else:
                 # a rank may use its share of the host's tier
                 stored = float(solution.extra[:, e].reshape(-1, size).sum(axis=1).max())
-                used, limit, price = stored, row.limit * size, priced * 1e9 / size
+                used, limit, price = stored, row.limit * size, priced * kept / size
             if priced > 0:
                 tight.append("capacity" if row.kind == "bytes" else row.kind)
         yield TierUse(name, used, limit, seconds, tuple(tight), price)

@@ -13,6 +13,7 @@ from ir.tier_plan import TableTiers, TierPlan
 from ir.units import format_bytes, format_count, format_seconds
 from planner.render import grid
 
+WIDE_GAP = 0.1  # from which a gap is commented on
 SHOWN = 12  # tensors and tables listed
 
 
@@ -77,13 +78,13 @@ def _tensors(tensors: list[TensorFormat]) -> RenderableType:
 
 
 def render_tiers(plan: Plan) -> RenderableType:
-    """Use of each tier, what one more GB of it would buy, the tables that leave HBM, and the hosts tried."""
+    """Use of each tier, what one more GB of it would save, the tables that leave HBM, and the hosts tried."""
     section = plan.decisions.tiers
     assert section is not None
-    uses = grid("tier", ">stored", ">limit", "busy a step", "binds", ">one more GB buys")
+    uses = grid("tier", ">stored", ">limit", "busy a step", "binds", ">one more GB saves")
     for use in section.tiers:
         busy = ", ".join(f"{kind} {format_seconds(seconds)}" for kind, seconds in use.seconds.items())
-        bought = format_seconds(use.price_per_gb) if use.price_per_gb > 0 else "nothing"
+        bought = f"up to {format_seconds(use.price_per_gb)}" if use.price_per_gb > 0 else "nothing"
         binds = ", ".join(use.binding) or "-"
         limits = (format_bytes(use.bytes), format_bytes(use.limit)) if use.limit else ("-", "-")
         uses.add_row(use.tier, *limits, busy or "-", binds, bought)
@@ -117,7 +118,17 @@ def _goal(section: TierPlan) -> str:
     value, bound = (_in_unit(section, x) for x in (section.objective, section.lower_bound))
     return (
         f"step {format_seconds(section.step)}{limit} on {hosts}; objective {section.objective_name} {value}, "
-        f"proved to be {bound} at least"
+        f"proved to be {bound} at least{_looseness(section)}"
+    )
+
+
+def _looseness(section: TierPlan) -> str:
+    """What a wide gap may come from; empty for a narrow one."""
+    if section.objective_name != "step" or section.lower_bound >= (1 - WIDE_GAP) * section.objective:
+        return ""
+    return (
+        " (the bound takes all ranks as equally busy and a part of a table at a part of its cost, so it may be the bound "
+        "that is far off, not the plan)"
     )
 
 
@@ -153,6 +164,6 @@ def storage_lines(plan: Plan, table: TablePlan) -> list[Text]:
             if use.price_per_gb > 0
         ]
         lines.append(
-            Text(f"one more GB would shorten the step by: {', '.join(prices) or 'nothing in any tier'}")
+            Text(f"one more GB would shorten the step by up to: {', '.join(prices) or 'nothing in any tier'}")
         )
     return lines

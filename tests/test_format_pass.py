@@ -37,11 +37,14 @@ WORKLOAD = Workload(8192, {f"f{i}": FeatureStats(pooling_factor=8.0) for i in ra
 
 
 def compiled(
-    request: FormatRequest, mode: str = "train", tables: tuple[EmbeddingTable, ...] = TABLES
+    request: FormatRequest,
+    mode: str = "train",
+    tables: tuple[EmbeddingTable, ...] = TABLES,
+    ops: tuple[Op, ...] = OPS,
 ) -> Plan:
     """A verified plan of the small model on one H100 host."""
     plan = planner.compile(
-        Model("m", (*tables,), OPS), "h100-1x8", WORKLOAD, constraints=Constraints(formats=request), mode=mode,  # type: ignore[arg-type]
+        Model("m", (*tables,), ops), "h100-1x8", WORKLOAD, constraints=Constraints(formats=request), mode=mode,  # type: ignore[arg-type]
         time_limit=0.3,
     )  # fmt: skip
     assert [finding for finding in verify(plan) if finding.faults] == []
@@ -92,9 +95,12 @@ def test_the_least_step_falls_as_the_budget_grows_and_bounds_hold() -> None:
     assert len(section.pareto) >= 3
     for before, after in itertools.pairwise(section.pareto):
         assert after.bound <= before.bound * (1 + 1e-9)
+        assert after.objective <= before.objective
     for point in section.pareto:
         assert point.bound <= point.objective * (1 + 1e-9)
         assert point.loss <= point.budget * (1 + 1e-9)
+        # the plan itself is a point of every budget that it keeps
+        assert point.objective <= section.objective or point.budget < section.loss
 
 
 def test_average_bits_and_measured_sensitivities_decide_which_table_stays_wide() -> None:
@@ -146,6 +152,40 @@ def test_a_step_limit_is_kept_at_the_least_loss() -> None:
     assert 0 <= section.lower_bound <= section.loss
     assert narrow.decisions.formats is not None
     assert section.loss < narrow.decisions.formats.loss
+
+
+def test_every_bound_holds_whatever_is_minimised() -> None:
+    """Tables alone; the fewest bytes within a loss, with and without a limit on the step that they alone exceed."""
+    wide = compiled(FormatRequest(max_loss=0.0), ops=())
+    fewest = FormatRequest(objective="memory", max_loss=1e-2, formats={"table": ("fp32", "bf16")})
+    narrow = compiled(fewest, ops=())
+    assert narrow.decisions.formats is not None
+    assert narrow.decisions.formats.objective == narrow.decisions.formats.bytes
+    assert {t.format for t in narrow.table_plans} == {"bf16"}
+    limit = 1.02 * narrow.certificate.objective
+    assert limit < wide.certificate.objective
+    kept = compiled(replace(fewest, max_step=limit), ops=())
+    assert kept.certificate.objective <= limit
+    assert kept.decisions.formats is not None
+    assert kept.decisions.formats.bytes == narrow.decisions.formats.bytes
+    for request in (replace(fewest, max_step=1e-6), FormatRequest(max_loss=0.0, max_step=limit)):
+        with pytest.raises(InfeasibleError, match=r"reach(es)? a step of .* within formats.max_loss"):
+            compiled(request, ops=())
+
+
+def test_a_loss_that_is_minimised_is_not_spent_on_the_wire() -> None:
+    """The traffic stays wide, and what is reported is the loss of the plan."""
+    section = compiled(FormatRequest(objective="loss", average_bits=16.0), ops=()).decisions.formats
+    assert section is not None
+    assert {t.format for t in section.tensors if t.kind == "traffic"} == {"fp32"}
+    assert section.objective == pytest.approx(section.loss)
+
+
+def test_names_with_brackets_are_held_to_their_formats() -> None:
+    tables = tuple(replace(table, name=f"t[{i}]") for i, table in enumerate(TABLES))
+    request = FormatRequest(objective="memory", max_loss=1.0, formats={"table": ("fp32", "bf16")})
+    plan = compiled(request, tables=tables, ops=())
+    assert {t.format for t in plan.table_plans} == {"bf16"}
 
 
 def test_formats_without_a_kernel_are_refused_or_emulated() -> None:

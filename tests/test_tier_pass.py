@@ -11,7 +11,7 @@ import planner
 from cost_models.cache import Popularity, hit_rate
 from cost_models.placed import rank_memory, rank_tiers
 from cost_models.tiers import row_fetch, touched_rows
-from ir.constraints import Constraints
+from ir.constraints import Constraints, TableConstraint
 from ir.errors import InfeasibleError, InputError
 from ir.ops import EmbeddingTable
 from ir.plan import Plan
@@ -108,13 +108,14 @@ def test_hit_rates_are_those_of_the_popularity() -> None:
 
 
 def test_one_more_gigabyte_buys_what_its_price_says() -> None:
-    """The price is a dual of the bound: a bound with more memory falls by at most that, and nearly by that."""
+    """The price is a dual of the bound: compiled again with more memory, the bound falls by at most that, and
+    nearly by that; the step of the plan falls too."""
     request = TierRequest()
     small = compiled(80_000_000, machine(DRAM), request)
     base = machine(DRAM)
     extra = 0.25 * GB
     tier = base.device.tiers[0]
-    larger = replace(base.device, tiers=(replace(tier, capacity=int(tier.capacity + extra / 0.85)),))
+    larger = replace(base.device, tiers=(replace(tier, capacity=int(tier.capacity + extra)),))
     grown = compiled(80_000_000, replace(base, device=larger), request)
     assert small.decisions.tiers is not None
     price = small.decisions.tiers.tiers[0].price_per_gb
@@ -191,3 +192,52 @@ def test_a_cache_serves_what_che_says() -> None:
 def test_unknown_tiers_are_named() -> None:
     with pytest.raises(InputError, match="no memory tier 'dram'"):
         compiled(1_000, machine(DRAM), TierRequest(tiers=("dram",)))
+
+
+def inference(
+    tables: dict[str, tuple[int, int]], topology: Topology, small: int, constraints: Constraints
+) -> Plan:
+    """A verified plan of tables of unknown popularity: 10 ids a sample, those after the first ``small`` one."""
+    records = tuple(EmbeddingTable(name, rows, dim, (f"f_{name}",)) for name, (rows, dim) in tables.items())
+    stats = {
+        f"f_{name}": FeatureStats(pooling_factor=10.0 if k < small else 1.0) for k, name in enumerate(tables)
+    }
+    plan = planner.compile(
+        Model("m", records, ()), topology, Workload(65536, stats), mode="inference", constraints=constraints,
+        time_limit=0.5,
+    )  # fmt: skip
+    assert [finding for finding in verify(plan, records) if finding.faults] == []
+    return plan
+
+
+def test_tables_that_fill_some_ranks_leave_room_for_others() -> None:
+    """Two tables of 102 GB and forty of 4 GB on 4 x 68 GB: choices by averages alone cannot be placed."""
+    tables = {f"large{i}": (200_000_000, 128) for i in range(2)} | {
+        f"t{i}": (15_000_000, 64) for i in range(40)
+    }
+    many = len(tables)
+    tables |= {f"small{i}": (200_000, 64) for i in range(20)} | {
+        f"next{i}": (3_000_000, 64) for i in range(20)
+    }
+    topology = replace(planner.topology("a100-1x4"), host_tiers=(DRAM,))
+    plan = inference(tables, topology, many, Constraints(tiers=TierRequest()))
+    assert plan.certificate.gap <= 0.05
+
+
+def test_a_lookup_by_processors_is_spread_over_the_ranks_that_wait_for_it() -> None:
+    """Two tables of 51 GB and ten of 2.6 GB: some of it must be pooled, which takes much longer than averages say."""
+    tables = {f"large{i}": (100_000_000, 128) for i in range(2)} | {
+        f"t{i}": (10_000_000, 64) for i in range(24)
+    }
+    pooling = MemoryTier("upmem", 2560 * 2**26, 8.44e9, 15.9e9, 2.31e-7, 8, processors=2560)
+    topology = replace(planner.topology("a100-1x2"), host_tiers=(pooling,))
+    free, whole, halves = (
+        inference(tables, topology, 26, Constraints(tiers=TierRequest(), tables=allowed))
+        for allowed in (
+            {},
+            {"large*": TableConstraint(sharding_types=("table_wise",))},
+            {"large*": TableConstraint(sharding_types=("column_wise",))},
+        )
+    )
+    assert any(t.tiers is not None and t.tiers.pim is not None for t in free.table_plans)
+    assert free.certificate.objective <= 1.01 * min(whole.certificate.objective, halves.certificate.objective)
