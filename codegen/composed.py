@@ -199,7 +199,7 @@ def composed_model(
 
     from codegen.runtime.composed.lookup import ComposedLookup
     from codegen.runtime.composed.rows import Update
-    from codegen.runtime.optimizers import dense_counterpart, make_optimizer
+    from codegen.runtime.optimizers import ordinary_optimizers
     from codegen.runtime.towers.layout import tower_layout
     from codegen.runtime.towers.sptt import make_groups
     from codegen.towers import (
@@ -265,15 +265,8 @@ def composed_model(
     graph.add_submodule(LOOKUP, lookup)
     replace_lookup(graph, node, movable)
     wrapped = _parallel(plan, graph, group)
-    which = dense_optimizer or dense_counterpart(name)
-    optimizers = tuple(
-        make_optimizer(kind, parameters, rate, eps=eps)
-        for kind, parameters, rate in (
-            (name, list(lookup.copies.parameters()), lr),
-            (which, _dense(graph), dense_lr or lr),
-        )
-        if parameters
-    )
+    copies = list(lookup.copies.parameters())
+    optimizers = ordinary_optimizers(copies, _dense(graph), (name, lr), (dense_optimizer, dense_lr), eps)
     return TowerModel(wrapped, lookup, optimizers, {m.tower: str(m.node.target) for m in movable})
 
 

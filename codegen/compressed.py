@@ -143,7 +143,7 @@ def compressed_model(
 
     from codegen.runtime.compressed_exchange import ShardedEmbeddings, pieces_of
     from codegen.runtime.compressed_lookup import Update
-    from codegen.runtime.optimizers import dense_counterpart, make_optimizer
+    from codegen.runtime.optimizers import ordinary_optimizers
 
     group = process_group if process_group is not None else dist.group.WORLD
     if dist.get_world_size(group) != plan.world_size:
@@ -170,15 +170,7 @@ def compressed_model(
     copied = [p for s in made for p in s.replicated()]
     inside = {id(p) for p in (*tables, *copied)}
     dense = [p for p in module.parameters() if id(p) not in inside and p.requires_grad]
-    kind = dense_optimizer or dense_counterpart(name)
-    optimizers = tuple(
-        make_optimizer(which, parameters, rate, eps=eps)
-        for which, parameters, rate in (
-            (name, [*tables, *copied], lr),
-            (kind, dense, dense_lr or lr),
-        )
-        if parameters
-    )
+    optimizers = ordinary_optimizers([*tables, *copied], dense, (name, lr), (dense_optimizer, dense_lr), eps)
     return CompressedModel(module, tuple(made), (*dense, *copied), optimizers, group)
 
 

@@ -171,7 +171,7 @@ def sharded_model(
     from torchrec.distributed.types import ShardingEnv
 
     from codegen.runtime.dense.groups import TableSync, make_groups, on_global_ranks
-    from codegen.runtime.optimizers import dense_counterpart, fused_optimizer
+    from codegen.runtime.optimizers import fused_optimizer, ordinary_optimizers
 
     group = process_group if process_group is not None else dist.group.WORLD
     name: Optimizer = optimizer or plan.workload.optimizer
@@ -211,11 +211,12 @@ def sharded_model(
     names = {
         f"{c.path}.".lstrip(".") + f"{c.parameters}.{config.name}.weight" for c, config in places.values()
     }
-    dense = (dense_optimizer or dense_counterpart(name), dense_lr or lr)
     sync = None
     if groups is not None and replicas is not None:
         sync = TableSync(wrapped, groups, sorted(names), replicas.sync_every)
-    return ShardedModel(wrapped, _ordinary_optimizers(wrapped, names, (name, lr), dense, eps), sync)
+    tables, rest = _not_fused(wrapped, names)
+    made = ordinary_optimizers(tables, rest, (name, lr), (dense_optimizer, dense_lr), eps)
+    return ShardedModel(wrapped, made, sync)
 
 
 def load_weights(wrapped: Any, weights: Mapping[str, Any]) -> None:
@@ -241,27 +242,15 @@ def _has_meta(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def _ordinary_optimizers(
-    wrapped: Any,
-    table_names: set[str],
-    of_tables: tuple[Optimizer, float],
-    of_rest: tuple[Optimizer, float],
-    eps: float,
-) -> tuple[torch.optim.Optimizer, ...]:
-    """Optimizers of the parameters that no fused kernel updates: tables with dense kernels, and the rest."""
-    from codegen.runtime.optimizers import make_optimizer
-
+def _not_fused(wrapped: Any, table_names: set[str]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Parameters that no fused kernel updates: tables with dense kernels, and the rest."""
     tables: list[torch.Tensor] = []
     rest: list[torch.Tensor] = []
     for path, parameter in wrapped.named_parameters():
         if hasattr(parameter, "_in_backward_optimizers") or not parameter.numel():
             continue  # updated in the backward pass, or a table of which this rank holds nothing
         (tables if path in table_names else rest).append(parameter)
-    return tuple(
-        make_optimizer(kind, parameters, lr, eps=eps)
-        for (kind, lr), parameters in ((of_tables, tables), (of_rest, rest))
-        if parameters
-    )
+    return tables, rest
 
 
 def check_environment(plan: Plan, world_size: int, environment: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from codegen.runtime.optimizers import dense_counterpart, make_optimizer
+from codegen.runtime.optimizers import ordinary_optimizers
 from codegen.runtime.towers.exchange import Move, all_to_all
 from codegen.runtime.towers.layout import TowerLayout, tower_layout
 from codegen.runtime.towers.lookup import make_lookup
@@ -260,18 +260,14 @@ def tower_model(
     graph.add_submodule(LOOKUP, lookup)
     replace_lookup(graph, node, movable)
     graph.to(where)
-    dense = (dense_optimizer or dense_counterpart(name), dense_lr or lr)
     tables = [] if kernel == "fused" else [p for p in lookup.lookup.parameters() if p.requires_grad]
-    made = [make_optimizer(name, tables, lr, eps=eps)] if tables else []
     rest = [
         p
         for key, p in graph.named_parameters()
         if not key.startswith(f"{LOOKUP}.lookup.") and p.requires_grad
     ]
-    made += [make_optimizer(dense[0], rest, dense[1], eps=eps)] if rest else []
-    return TowerModel(
-        _replicated(graph, group), lookup, tuple(made), {m.tower: str(m.node.target) for m in movable}
-    )
+    made = ordinary_optimizers(tables, rest, (name, lr), (dense_optimizer, dense_lr), eps)
+    return TowerModel(_replicated(graph, group), lookup, made, {m.tower: str(m.node.target) for m in movable})
 
 
 def applied_towers(plan: Plan) -> TowerDecision:

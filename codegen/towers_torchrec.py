@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from codegen.runtime.optimizers import dense_counterpart, fused_optimizer, make_optimizer
+from codegen.runtime.optimizers import fused_optimizer, ordinary_optimizers
 from codegen.runtime.towers.modules import TowerModule
 from codegen.torchrec import ShardedModel, check_environment
 from codegen.towers import (
@@ -140,12 +140,10 @@ def torchrec_towers(
             sharders=[EmbeddingTowerCollectionSharder()],
         )
     _restore(wrapped, weights)
-    dense = (dense_optimizer or dense_counterpart(name), dense_lr or lr)
     rest = [
         p for _, p in wrapped.named_parameters() if not hasattr(p, "_in_backward_optimizers") and p.numel()
     ]
-    made = (make_optimizer(dense[0], rest, dense[1], eps=eps),) if rest else ()
-    return ShardedModel(wrapped, made)
+    return ShardedModel(wrapped, ordinary_optimizers([], rest, (name, lr), (dense_optimizer, dense_lr), eps))
 
 
 def _collection(decision: TowerDecision, movable: list[Movable], flat: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -83,6 +83,26 @@ def make_optimizer(
     return torch.optim.Adam(params, lr=lr, eps=eps)
 
 
+def ordinary_optimizers(
+    tables: Sequence[Tensor],
+    rest: Sequence[Tensor],
+    of_tables: tuple[Optimizer, float],
+    of_rest: tuple[Optimizer | None, float | None],
+    eps: float = ADAGRAD_EPS,
+) -> tuple[torch.optim.Optimizer, ...]:
+    """One optimizer for the tables that no fused kernel updates and one for the rest, where there are any.
+
+    ``of_tables`` and ``of_rest`` are (optimizer, learning rate); None: the like of the tables'.
+    """
+    optimizer, lr = of_tables
+    kind, rate = of_rest[0] or dense_counterpart(optimizer), lr if of_rest[1] is None else of_rest[1]
+    return tuple(
+        make_optimizer(name, parameters, speed, eps=eps)
+        for name, parameters, speed in ((optimizer, tables, lr), (kind, rest, rate))
+        if parameters
+    )
+
+
 def fused_optimizer(
     name: Optimizer, lr: float, eps: float = ADAGRAD_EPS
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
