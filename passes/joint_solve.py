@@ -20,7 +20,7 @@ from passes.joint import JointProblem, relax_all
 WIDE = 1.1  # ratio of step and bound from which other choices are tried
 ROOM = (1.0, 0.9, 0.8)  # of every rank's memory that they fill on average
 LONGER = (3.0, 6.0, 12.0)  # of the bound: lengths of the step that are tried when none shorter is kept
-HALVINGS = 3  # of the gap between step and bound, where a further resource decides the step
+HALVINGS = 5  # of the gap between step and bound, where a further resource decides the step
 CLOSE = 1.05  # ratio of step and bound at which that ends
 BUSY = 0.99  # of the step: a resource as busy as that decides it
 
