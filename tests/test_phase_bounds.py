@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from passes.assignment import Option, Piece, Problem, evaluate, solve
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import compile_problem
+from passes.assignment.dual_bound import DualBound
 from passes.assignment.fitting import fit
 from passes.assignment.overflow import Overflow
 from passes.assignment.room_bound import RoomBound
+from passes.assignment.room_dual import RoomDual
 from passes.assignment.room_program import RoomProgram
 from passes.assignment.whole_bound import whole_bound
 from tests.test_assignment import exhaustive, placements, random_problem
@@ -45,7 +47,35 @@ def test_bounds_are_below_the_optimum(seed: int, phases: int, slack: float, abov
     compiled = compile_problem(problem)
     bound, _ = RoomBound(compiled, optimum * above).run()
     assert bound <= optimum * (1 + 1e-9)
+    assert DualBound(compiled, optimum * above).run(nodes=8)[0] <= optimum * (1 + 1e-9)
     assert whole_bound(compiled, optimum * above).bound <= optimum * (1 + 1e-9)
+
+
+def test_the_dual_sees_what_whole_pieces_need() -> None:
+    """Seven pieces of 0.4 on three ranks: averages say 0.93 a phase, but a rank holds three, 1.2."""
+    problem = sized([0.4] * 7, 3)
+    bound, _ = DualBound(compile_problem(problem), 3.0).run()
+    assert bound == pytest.approx(2.4, rel=1e-3)
+
+
+def test_the_dual_equals_the_linear_program_of_a_box() -> None:
+    """Two algorithms for one program, where no row of a single table binds: many small tables, held rooms."""
+    random = np.random.default_rng(3)
+    options = tuple(
+        (
+            Option("rank", (Piece("rank", (float(a), float(b)), 1.0),)),
+            Option("all", (Piece("all", (0.3 * float(b) / 4, 0.3 * float(a) / 4), 0.0),)),
+        )
+        for a, b in random.random((60, 2))
+    )
+    problem = Problem(tuple(f"t{i}" for i in range(60)), options, 1, 4, 1000.0, ("p", "q"))
+    compiled = compile_problem(problem)
+    rooms = np.array([0.09, 0.12])
+    exact, dual = (kind(compiled, 60.0).solve(rooms, rooms) for kind in (RoomProgram, RoomDual))
+    assert exact is not None
+    assert dual is not None
+    assert dual.value <= exact.value * (1 + 1e-6)
+    assert dual.value == pytest.approx(exact.value, rel=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -66,8 +96,11 @@ def test_a_box_bounds_every_solution_whose_rooms_are_in_it(seed: int, data: st.D
     value = float(loads.max(axis=0).sum())
     fixed = compiled.everywhere[compiled.start[:-1] + np.array(choice)].sum(axis=0)
     rooms = (loads.max(axis=0) - fixed) / (2 * value)
-    program = RoomProgram(compiled, 2 * value)
-    for stretch in (1.0, 1.1):
+    programs: tuple[RoomProgram | RoomDual, ...] = (
+        RoomProgram(compiled, 2 * value),
+        RoomDual(compiled, 2 * value),
+    )
+    for program, stretch in itertools.product(programs, (1.0, 1.1)):
         point = program.solve(rooms / stretch, np.minimum(rooms * stretch, 1.0))
         assert point is not None
         assert point.value <= 0.5 * (1 + 1e-9)

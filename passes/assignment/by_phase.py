@@ -16,6 +16,8 @@ import numpy as np
 
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import Compiled
+from passes.assignment.dual_bound import METHOD, DualBound
+from passes.assignment.dual_bound import NODES as DUAL_NODES
 from passes.assignment.fitting import fit
 from passes.assignment.overflow import Overflow
 from passes.assignment.polish import Polisher
@@ -35,7 +37,7 @@ POLISHED = 2  # placements that are polished
 COOL = (0.015, 0.006, 0.003)  # tau of polishing, as a fraction of the bound: the placements are even already
 POLISH_LEAST = 2e-3  # relative gap below which polishing is not worth its work
 WHOLE_TABLES = 64  # tables up to which the bound is computed with whole options
-MANY_TABLES = 3000  # tables beyond which one linear program is all that the time allows
+MANY_TABLES = 3000  # tables beyond which the linear programs of boxes are solved through their duals alone
 AGAIN = 0.01  # relative difference of objectives worth another bound, or not worth polishing
 PROGRAM_WORK = 2e-5  # seconds an option of a linear program, measured on one core of the development machine
 
@@ -49,8 +51,11 @@ class Proposal:
 
 
 def _bound(compiled: Compiled, value: float, budget: Budget) -> tuple[RoomBound, float, Leaf | None]:
+    if compiled.tables > MANY_TABLES:
+        search: RoomBound = DualBound(compiled, value)
+        return search, *search.run(nodes=DUAL_NODES)
     search = RoomBound(compiled, value)
-    bound, leaf = search.run(nodes=NODES if compiled.tables <= MANY_TABLES else 0)
+    bound, leaf = search.run(nodes=NODES)
     if search.program.complete:
         budget.spend(PROGRAM_WORK * len(search.program.keep) * search.program.solved)
     return search, bound, leaf
@@ -60,8 +65,15 @@ def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int, stop
     """Improve ``best`` in place; the bound in seconds and what proved it."""
     before = best.value
     search, bound, leaf = _bound(compiled, best.value, budget)
-    method = "linear program over options and phase lengths, dual feasible functions (GLOP)"
+    many = compiled.tables > MANY_TABLES
+    method = (
+        METHOD if many else "linear program over options and phase lengths, dual feasible functions (GLOP)"
+    )
     proposals: list[Proposal] = []
+    if compiled.tables > WHOLE_TABLES and not many:
+        dual = DualBound(compiled, best.value).run(nodes=DUAL_NODES)[0]
+        if dual > bound:
+            bound, method = dual, METHOD
     if compiled.tables <= WHOLE_TABLES:
         from passes.assignment.whole_bound import whole_bound  # CP-SAT takes a second to load
 

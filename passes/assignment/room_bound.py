@@ -15,6 +15,7 @@ import numpy as np
 
 from passes.assignment.compiled import Compiled
 from passes.assignment.problem import Floats
+from passes.assignment.room_dual import RoomDual
 from passes.assignment.room_program import Point, RoomProgram
 
 NODES = 40  # boxes at most; a handful settles most problems
@@ -33,6 +34,8 @@ class Leaf:
 
 class RoomBound:
     """The search over boxes for one incumbent; rooms and values in units of the incumbent."""
+
+    program: RoomProgram | RoomDual
 
     def __init__(self, compiled: Compiled, incumbent: float) -> None:
         self.program = RoomProgram(compiled, incumbent)
