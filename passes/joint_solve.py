@@ -65,14 +65,13 @@ def _solve(program: Program, problem: JointProblem, relaxed: Relaxation, *, enou
 
     The whole choice that placing starts from knows averages. Where large pieces fill some ranks, what it would replicate
     fits nowhere, and placing gives that up table by table, or fails. So where the gap is wide, choices are tried that
-    leave memory for ranks to be filled unevenly.
+    leave memory for ranks to be filled unevenly; not with ``enough``, where many numbers of hosts are tried.
     """
     options, frame = program.options, problem.frame
     best: Joint | None = None
     refused: InfeasibleError | None = None
-    for room in ROOM:
-        wanted = frame.step if enough and frame.step is not None else relaxed.bound * WIDE
-        if best is not None and best.step <= wanted:
+    for room in ROOM[:1] if enough else ROOM:
+        if best is not None and best.step <= relaxed.bound * WIDE:
             break
         columns = tuple(replace(made, memory=made.memory / room) for made in relaxed.columns)
         try:
@@ -89,7 +88,7 @@ def _solve(program: Program, problem: JointProblem, relaxed: Relaxation, *, enou
             continue
         if best is None or found.step < best.step:
             best = replace(found, relaxed=relaxed)
-    if best is None and frame.step is None and any(frame.stretched):
+    if best is None and not enough and frame.step is None and any(frame.stretched):
         best = _lengthened(program, problem, relaxed)
     if best is None:
         assert refused is not None
