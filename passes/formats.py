@@ -21,6 +21,8 @@ from passes.joint import JointProblem, state_problem, traffic_programs
 from passes.joint_search import search_formats
 from passes.joint_solve import best_traffic
 
+SWEEP_SHARE = 0.25  # of the time limit, for the joint search of one point of a sweep
+
 
 def check(program: Program) -> None:
     """Raise InputError for a request whose parts do not make sense together."""
@@ -235,7 +237,7 @@ def sweep(
             bound = untied(program, calibration, asked, bound)
         except InfeasibleError:
             continue
-        joint = search_formats(problem, joint, time_limit=options.time_limit, seed=options.seed)
+        joint = search_formats(problem, joint, time_limit=SWEEP_SHARE * options.time_limit, seed=options.seed)
         section = format_section(
             replace(problem, program=with_request(problem.program, asked)), joint, bound, Resolved(asked)
         )
