@@ -9,6 +9,7 @@ priced as if kernels existed.
 * At equal bytes: least predicted loss within the bytes that the rival stores.
 * At equal loss: least modelled step whose predicted loss is the rival's or less. The rival's formats are pinned and
   sharded by this project's solver, so that only the choice of formats differs. Rivals know bits of weights only.
+* At equal step: least predicted loss whose modelled step is the rival's or less.
 
 All seconds are modelled; ratios below 1 are in favour of the joint choice.
 """
@@ -121,15 +122,18 @@ def main() -> int:
     chosen = rivals(case)
     if args.quick:
         chosen = {name: chosen[name] for name in ("uniform mx6", "greedy, 9 bits", "integer program, 9 bits")}
-    worst_bytes = worst_step = 0.0
+    worst_bytes = worst_step = worst_loss = 0.0
     for name, formats in chosen.items():
         theirs = case.plan(rules={table: (f,) for table, f in formats.items()})
         loss, bits = section(theirs).loss, section(theirs).average_bits
         same_bytes = case.plan(objective="loss", average_bits=bits)
         same_loss = case.plan(max_loss=loss * (1 + TIE))
+        same_step = case.plan(objective="loss", max_step=theirs.certificate.objective * (1 + TIE))
         by_bytes = section(same_bytes).loss / loss
         by_step = same_loss.certificate.objective / theirs.certificate.objective
+        by_loss = section(same_step).loss / loss
         worst_bytes, worst_step = max(worst_bytes, by_bytes), max(worst_step, by_step)
+        worst_loss = max(worst_loss, by_loss)
         report.row(
             rival=name,
             bits=round(bits, 3),
@@ -140,9 +144,12 @@ def main() -> int:
             ms_at_equal_loss=round(1e3 * same_loss.certificate.objective, 4),
             bound_ms=round(1e3 * same_loss.certificate.lower_bound, 4),
             step_ratio=round(by_step, 4),
+            loss_at_equal_step=section(same_step).loss,
+            loss_ratio_at_equal_step=float(f"{by_loss:.3g}"),
         )
     report.claim("worst_loss_ratio_at_equal_bytes", worst_bytes, 1 + 2 * TIE, "<=")
     report.claim("worst_step_ratio_at_equal_loss", worst_step, 1.0 + TIE, "<=")
+    report.claim("worst_loss_ratio_at_equal_step", worst_loss, 1.0 + TIE, "<=")
     return report.finish(args.json)
 
 
