@@ -168,6 +168,23 @@ def measured_step_has_the_phases_of_the_model(
                 assert any(p == phase and t <= middle <= t + d for p, _, t, d in parts)
 
 
+def test_a_collective_within_another_phase_s_is_not_lost() -> None:
+    """Gloo exchanges gradients of vectors while a longer all-reduce of dense ones is under way."""
+    named = [
+        ("[lookup] t", 0, 5),
+        ("autograd::engine::evaluate_function: AddmmBackward0", 10, 5),
+        ("gloo:all_reduce", 20, 50),
+        ("gloo:all_to_all", 30, 10),
+        ("gloo:all_reduce", 45, 20),
+    ]
+    parts = phases_of({"ph": "X", "name": name, "ts": ts, "dur": dur} for name, ts, dur in named)
+    network = [(phase, start, seconds) for phase, stream, start, seconds in parts if stream == "network"]
+    assert network == [
+        ("all_reduce", pytest.approx(20e-6), pytest.approx(50e-6)),
+        ("gradient_dist", pytest.approx(30e-6), pytest.approx(10e-6)),
+    ]
+
+
 def test_measured_spans_are_put_beside(plan: planner.Plan, tmp_path: Path) -> None:
     file, run_file, out = tmp_path / "plan.json", tmp_path / "run.json", tmp_path / "trace.json"
     plan.save(file)

@@ -194,13 +194,17 @@ def _end(event: Event) -> float:
 
 
 def _joined(found: Iterable[tuple[str, str, float, float]]) -> list[tuple[str, str, float, float]]:
-    """Consecutive spans of one phase on a stream as one; nested ones vanish in what holds them."""
+    """Consecutive spans of one phase on a stream as one; nested ones vanish in what holds them.
+
+    Collectives of two phases may be under way at a time, so none holds one of another phase.
+    """
     made: dict[str, list[tuple[str, str, float, float]]] = {}
     for phase, stream, start, end in sorted(found, key=lambda part: (part[2], -part[3])):
-        lane = made.setdefault(stream, [])
+        network = stream == "network"
+        lane = made.setdefault(phase if network else stream, [])
         last = lane[-1] if lane else ("", "", 0.0, -1.0)
         # between kernels of a phase the host works for it; between collectives the network rests
-        reaches = start <= last[3] if stream == "network" else True
+        reaches = start <= last[3] if network else True
         if lane and ((last[0] == phase and reaches) or end <= last[3]):
             lane[-1] = (last[0], stream, last[2], max(last[3], end))
         else:
