@@ -8,8 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import planner
 from codegen.runtime.ids_wire import pack, unpack
+from cost_models.exchanged import packed_ids
+from ir.constraints import Constraints, TableConstraint
 from ir.errors import InputError
+from ir.tables import capture_tables
+from ir.workload import FeatureStats, Workload
 
 _ROWS = st.sampled_from([1, 255, 256, 257, 65_536, 65_537, 2**32, 2**32 + 1, 2**40])
 
@@ -58,3 +63,27 @@ def test_any_bytes_give_ids_or_a_clear_error(data: bytes, samples: int, tables: 
     except InputError:
         return
     assert all(len(ids) == int(lengths.sum()) and len(lengths) == samples for ids, lengths in got)
+
+
+def test_the_model_counts_the_bytes_that_travel() -> None:
+    """Two tables on two ranks, ids drawn with the workload's pooling, beside what the packing really makes."""
+    rows, pooling, samples = {"t_small": 200, "t_large": 70_000}, {"t_small": 1, "t_large": 4}, 1024
+    tables = [
+        {"name": name, "rows": count, "dim": 16, "features": [name[2:]]} for name, count in rows.items()
+    ]
+    work = Workload(
+        global_batch=samples,
+        features={name[2:]: FeatureStats(pooling_factor=float(mean)) for name, mean in pooling.items()},
+    )
+    whole = Constraints(tables={"*": TableConstraint(sharding_types=("table_wise",))})
+    plan = planner.compile(capture_tables(tables, "two")[0], "local-2", work, constraints=whole)
+    random = np.random.default_rng(0)
+    plain, packed = [0.0, 0.0], [0.0, 0.0]
+    for table in plan.table_plans:
+        lengths = torch.from_numpy(random.integers(0, 2 * pooling[table.name] + 1, samples))
+        ids = torch.from_numpy(random.integers(0, rows[table.name], int(lengths.sum())))
+        rank = table.shards[0].rank
+        plain[rank] += 8 * len(ids) + 4 * samples
+        packed[rank] += sum(map(len, pack((ids, lengths), rows[table.name], table.name)))
+    counted = packed_ids(plan.table_plans, plan.topology, plan.workload)
+    assert counted == pytest.approx(max(packed) / max(plain), rel=0.03)
