@@ -21,8 +21,7 @@ from ortools.linear_solver import pywraplp
 
 from passes.assignment.compiled import Compiled
 from passes.assignment.problem import Floats
-from passes.assignment.relaxation import piece_floor
-from passes.assignment.room_program import BATCH, VIOLATED, Pieces, Point
+from passes.assignment.room_program import BATCH, VIOLATED, Point, Rooms
 
 CUTS = 120  # passes over the options in one box; the bound is valid after any of them
 CLOSE = 2e-5  # relative distance of the master to the best bound at which a box is settled
@@ -34,28 +33,16 @@ LEAST = 1e-4  # weight of a mixed choice that counts
 FEW_SIZES = 200  # different sizes up to which a phase has functions: with more, pieces fill any room
 
 
-class RoomDual:
+class RoomDual(Rooms):
     """The program of one problem; boxes are solved one after the other. See ``RoomProgram``."""
 
     def __init__(self, compiled: Compiled, incumbent: float) -> None:
-        self.compiled, self.incumbent = compiled, incumbent
-        self.keep = np.flatnonzero(compiled.usable & (piece_floor(compiled) <= incumbent))
-        self.complete = len(np.unique(compiled.table[self.keep])) == compiled.tables
+        super().__init__(compiled, incumbent)
         if not self.complete:
-            return  # a table has no option that could improve on the incumbent
-        fixed = compiled.everywhere[self.keep] / incumbent
-        self.cost: Floats = fixed.sum(axis=1)
-        self.piece: Floats = compiled.biggest[self.keep] / incumbent - fixed
-        self.part: Floats = compiled.share[self.keep] / incumbent - fixed
-        self.memory: Floats = compiled.mean_memory[self.keep] / compiled.problem.capacity
-        self.edges = np.searchsorted(compiled.table[self.keep], np.arange(compiled.tables + 1))
-        self.pieces = Pieces(compiled, self.keep, 1.0 / incumbent)
-        self.phases = self.part.shape[1]
+            return
         self.rows: Floats = np.column_stack([self.part, self.memory])  # what an option takes of each row
         sizes = [len(np.unique(self.pieces.load[:, p])) for p in range(self.phases)]
-        self.spare = 0.0  # share of the held rooms that is left empty; bounds need 0
         self.counted = np.array(sizes) <= FEW_SIZES  # phases whose equal pieces fill a room in steps
-        self.solved = 0
         self.known: list[NDArray[np.int64]] = []  # choices met, as indices of ``keep``
 
     def solve(self, low: Floats, high: Floats) -> Point | None:

@@ -96,15 +96,16 @@ class Pieces:
         return low
 
 
-class RoomProgram:
-    """The program of one problem; boxes are solved one after the other."""
+class Rooms:
+    """What the programs over boxes of rooms know of a problem; all loads are shares of the incumbent."""
 
     def __init__(self, compiled: Compiled, incumbent: float) -> None:
         self.compiled, self.incumbent = compiled, incumbent
         self.keep = np.flatnonzero(compiled.usable & (piece_floor(compiled) <= incumbent))
+        # else a table has no option that could improve on the incumbent
         self.complete = len(np.unique(compiled.table[self.keep])) == compiled.tables
         if not self.complete:
-            return  # a table has no option that could improve on the incumbent
+            return
         fixed = compiled.everywhere[self.keep] / incumbent
         self.cost: Floats = fixed.sum(axis=1)
         self.piece: Floats = compiled.biggest[self.keep] / incumbent - fixed
@@ -115,7 +116,15 @@ class RoomProgram:
         self.phases = self.part.shape[1]
         self.spare = 0.0  # share of the held rooms that is left empty; bounds need 0
         self.solved = 0
-        self._build()
+
+
+class RoomProgram(Rooms):
+    """The program of one problem; boxes are solved one after the other."""
+
+    def __init__(self, compiled: Compiled, incumbent: float) -> None:
+        super().__init__(compiled, incumbent)
+        if self.complete:
+            self._build()
 
     def _build(self) -> None:
         solver = self.solver = pywraplp.Solver.CreateSolver("GLOP")
