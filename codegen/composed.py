@@ -267,7 +267,8 @@ def composed_model(
     wrapped = _parallel(plan, graph, group)
     copies = list(lookup.copies.parameters())
     optimizers = ordinary_optimizers(copies, _dense(graph), (name, lr), (dense_optimizer, dense_lr), eps)
-    return TowerModel(wrapped, lookup, optimizers, {m.tower: str(m.node.target) for m in movable})
+    moved = {m.tower: str(m.node.target) for m in movable}
+    return TowerModel(wrapped, lookup, optimizers, moved, str(node.target))
 
 
 def _narrow_layers(plan: Plan, module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import copy
 import gc
 from typing import TYPE_CHECKING, Any
 
-from codegen.checkpoint import model_state
+from codegen.checkpoint_state import model_state
 from codegen.collectives import send_scheduled
 from codegen.execution import form_of
 from codegen.growth import phase_plan

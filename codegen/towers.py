@@ -157,6 +157,7 @@ class TowerModel:
     moved: dict[
         int, str
     ]  # towers whose module runs before the exchange between peers, and its path in the model
+    collection: str  # path in the model of the collection that the lookup replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass on this rank's samples; ranks may have different numbers of them."""
@@ -267,7 +268,8 @@ def tower_model(
         if not key.startswith(f"{LOOKUP}.lookup.") and p.requires_grad
     ]
     made = ordinary_optimizers(tables, rest, (name, lr), (dense_optimizer, dense_lr), eps)
-    return TowerModel(_replicated(graph, group), lookup, made, {m.tower: str(m.node.target) for m in movable})
+    moved = {m.tower: str(m.node.target) for m in movable}
+    return TowerModel(_replicated(graph, group), lookup, made, moved, str(node.target))
 
 
 def applied_towers(plan: Plan) -> TowerDecision:

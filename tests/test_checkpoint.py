@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import planner
-from codegen.checkpoint import _known_to
+from codegen.checkpoint import known_to
 from codegen.runtime.launch import LaunchError, launch
 from ir.constraints import Constraints, TableConstraint
 from ir.errors import PlannerError
@@ -111,7 +111,7 @@ def test_more_than_grown_tables_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlannerError, match=r"pass the plan of the model that was saved as before"):
         run(new, tmp_path, until=1, load=True, model={"grown": (8,)})
     with pytest.raises(PlannerError, match=r"'t0' was 109 x 16 fp32 .* is 101 x 16 fp32"):
-        _known_to(new, old, {})
+        known_to(new, old, {})
 
 
 def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:

@@ -260,6 +260,10 @@ class ShardedEmbeddings(nn.Module):
         """The pieces of this rank alone, with their parameters."""
         return [(piece, self.weights[piece.key]) for piece in self.by_rank[self.rank]]
 
+    def fused_state(self) -> list[tuple[Piece, dict[str, Tensor]]]:
+        """State of the optimizer of the pieces that a fused kernel updates."""
+        return [one for tables in self._fused for one in tables.state()]
+
     def replicated(self) -> list[nn.Parameter]:
         """Parameters of tables that every rank holds; their gradients want :func:`average_gradients`."""
         return [self.weights[piece.key] for piece in self.copies]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codegen.runtime.ids_wire import Ids
-from codegen.runtime.optimizers import ADAGRAD_EPS
+from codegen.runtime.optimizers import ADAGRAD_EPS, fused_state
 from ir.workload import Optimizer
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class FusedTables:
             "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         }
         (pooling,) = {piece.pooling for piece in pieces}
+        self.pieces = tuple(pieces)
         self.slots = [(piece, feature) for piece in pieces for feature in piece.features]
         self._widths = [piece.cols for piece, _ in self.slots]
         self._bags: Any = SplitTableBatchedEmbeddingBagsCodegen(
@@ -78,3 +79,7 @@ class FusedTables:
         pooled = self._bags(torch.cat([ids for ids, _ in asked]), offsets)
         # splits, not slices: their backward pass is one concatenation
         return [list(rows.split(self._widths, dim=1)) for rows in pooled.split(counts)]
+
+    def state(self) -> list[tuple[Piece, dict[str, Tensor]]]:
+        """State of each piece's optimizer by the names of ``torch.optim``."""
+        return list(zip(self.pieces, fused_state(self._bags), strict=True))

@@ -66,6 +66,18 @@ class BlockRowWiseAdagrad(torch.optim.Optimizer):
                 weight.addcdiv_(gradient, total.sqrt() + group["eps"], value=-group["lr"])
 
 
+def fused_state(operator: Any) -> list[dict[str, Tensor]]:
+    """State of the tables of an FBGEMM operator, by ``torch.optim``'s names; writing into it changes the operator's."""
+    slots = {1: ("sum",), 2: ("exp_avg", "exp_avg_sq")}
+    states = [list(table) for table in operator.split_optimizer_states()]
+    made = [dict(zip(slots[len(table)], table, strict=True)) for table in states]
+    if not made:
+        return [{} for _ in operator.embedding_specs]  # SGD has none
+    if len(states[0]) == 2:  # Adam: one count for all tables
+        made = [{**table, "step": operator.iter.view(())} for table in made]
+    return made
+
+
 def make_optimizer(
     name: Optimizer,
     params: Sequence[Tensor],

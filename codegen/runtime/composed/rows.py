@@ -227,6 +227,15 @@ class Shards(nn.Module):
                 found.append(operator.weights()[position])
         return found
 
+    def alone(self) -> list[tuple[Held, MemoryRows | TieredRows]]:
+        """The shards that are in no FBGEMM operator."""
+        found: list[tuple[Held, Any]] = [
+            (one, self.rows[position])
+            for one, (place, position) in zip(self.held, self._place, strict=True)
+            if place == "rows"
+        ]
+        return found
+
     def flush(self) -> None:
         """Make changed rows of tiered tables durable."""
         for rows in self.rows:

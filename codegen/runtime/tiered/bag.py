@@ -213,6 +213,27 @@ def _initializer(
     return init
 
 
+def overwrite(table: TieredTable, first: int, column: int, values: Floats) -> None:
+    """Set some columns of the records (weights, then state) of consecutive ids, between batches.
+
+    Args:
+        table: with nothing prefetched; rows outside memory go through its cache.
+        first: id of the first row.
+        column: first column of the record.
+        values: (rows, columns).
+    """
+    dim = table.shape.dim
+    step = table.cache_rows or len(values)
+    for start in range(0, len(values), step):
+        part = values[start : start + step]
+        batch = table.take(np.arange(first + start, first + start + len(part)))
+        weights = max(0, min(dim - column, part.shape[1]))  # columns of the part that are weights
+        table.weights[batch.slots, column : column + weights] = part[:, :weights]
+        state = max(0, column - dim)
+        table.state[batch.slots, state : state + part.shape[1] - weights] = part[:, weights:]
+        table.release(batch, changed=True)
+
+
 def apply_update(
     optimizer: Optimizer, weights: Tensor, state: Tensor, gradient: Tensor, lr: float, eps: float, steps: int
 ) -> None:
