@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from codegen.checkpoint import load_checkpoint, save_checkpoint
 from codegen.execution import executed, form_of
 from codegen.runtime.launch import Rank
+from ir.errors import InputError
 from ir.plan import Plan
 from planner.zoo import build
 from planner.zoo.multi_tower import with_towers
@@ -40,8 +41,12 @@ def trainings(place: Rank, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         drawn = model(job["modules"], 0)
         made = executed(plan, module, dist.group.WORLD, lr=0.05, eps=1e-3, **job.get("how", {}))
         start = 0
-        if job.get("load"):
-            start = load_checkpoint(plan, made, job["load"], momentum=job.get("momentum"))
+        try:
+            if job.get("load"):
+                start = load_checkpoint(plan, made, job["load"], momentum=job.get("momentum"))
+        except InputError as error:
+            answers.append({"refused": str(error)})
+            continue
         losses = []
         for step in range(start, job.get("until", start)):
             mine = cut(batch(drawn, plan, SIZE, 1000 + step), place.rank, place.world_size)

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from codegen.runtime.compare_rank import unsharded_model
 from codegen.runtime.launch import launch
 from ir.plan import Plan
 from tests import composed_plans as plans
-from tests.checkpoint_forms_rank import kept
+from tests.checkpoint_forms_rank import SIZE, kept, model
+from tests.composition_ranks import batch
 
 RANK = f"{Path(__file__).with_name('checkpoint_forms_rank.py')}:trainings"
 Flat = dict[str, plans.Decision]
@@ -81,3 +84,65 @@ def test_around_all_runtimes_and_back(optimizer: str, tmp_path: Path) -> None:
         for key, value in end.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
             assert not torch.equal(value, start[key]), key
+
+
+def split(widths: dict[str, tuple[int, ...]], tiers: bool = False) -> Plan:
+    """Two ranks; some tables split by columns under row-wise Adagrad, in TorchRec or with two tables in tiers."""
+    flat = {name: plans.Decision("table_wise", (0,)) for name in plans.ROWS}
+    for name, columns in widths.items():
+        places = tuple(n % 2 for n in range(len(columns)))
+        flat[name] = plans.Decision("column_wise", places, columns)
+    made = plans.flat_plan(1, 2, flat, "rowwise_adagrad")
+    return plans.tiered(made) if tiers else made
+
+
+def expected(first: Plan, then: Plan) -> dict[str, torch.Tensor]:
+    """Weights of the unsharded model after three steps with the states of one plan's blocks and two with another's.
+
+    The states of a row are spread over its columns, and each new block takes the mean over its own.
+    """
+    module = model(False, 0)
+    drawn, blocks = model(False, 0), []
+    for plan, steps in ((first, range(3)), (then, range(3, 5))):
+        trained = unsharded_model(plan, module, "rowwise_adagrad", 0.05, ("adagrad", 0.05), 1e-3)
+        if blocks:
+            tables, dense = trained.optimizers
+            dense.load_state_dict(blocks[1])
+            for group, (widths, states) in zip(tables.param_groups, blocks[0], strict=True):
+                by_column = torch.cat([s.expand(-1, n) for s, n in zip(states, widths, strict=True)], dim=1)
+                parts = by_column.split(group["widths"], dim=1)
+                tables.state[group["params"][0]]["sum"] = [part.mean(1, keepdim=True) for part in parts]
+        for step in steps:
+            dense_input, ids, labels = batch(drawn, plan, SIZE, 1000 + step)
+            trained.zero_grad()
+            F.binary_cross_entropy_with_logits(trained(dense_input, ids), labels).backward()
+            trained.step()
+        tables, dense = trained.optimizers
+        of_tables = [(g["widths"], tables.state[g["params"][0]]["sum"]) for g in tables.param_groups]
+        blocks = [of_tables, dense.state_dict()]
+    return {name: value.detach() for name, value in module.named_parameters()}
+
+
+def test_states_of_column_blocks(tmp_path: Path) -> None:
+    """Blocks inherit the state of the block they lie in; several become one only as a mean that is asked for."""
+    halves = split({"b": (4, 4), "d": (4, 4)})
+    finer = split({"b": (2, 2, 4), "d": (4, 2, 2), "g": (2, 6)}, tiers=True)
+    joined = split({"b": (4, 4)})
+    uneven = split({"b": (6, 2), "d": (4, 4)}, tiers=True)
+    start, ends = str(tmp_path / "start"), [str(tmp_path / name) for name in ("finer", "joined", "uneven")]
+    storage = [{"storage": str(tmp_path / f"tiers{n}"), "kernel": "rows"} for n in range(2)]
+    again: dict[str, Any] = {"load": start, "until": 5, "modules": False}
+    answers = run(
+        2,
+        {"plan": halves, "until": 3, "save": {"3": [start]}, "modules": False},
+        {"plan": finer, "save": {"5": [ends[0]]}, "seed": 1, "how": storage[0], **again},
+        {"plan": joined, "seed": 2, **again},
+        {"plan": joined, "save": {"5": [ends[1]]}, "seed": 3, "momentum": "mean", **again},
+        {"plan": uneven, "save": {"5": [ends[2]]}, "seed": 4, "momentum": "mean", "how": storage[1], **again},
+    )
+    assert "table 'd' was saved with row-wise Adagrad's states of columns 0-3, 4-7" in answers[2]["refused"]
+    assert "momentum='mean'" in answers[2]["refused"]
+    for folder, plan in zip(ends, (finer, joined, uneven), strict=True):
+        found = kept(Path(folder))
+        for name, value in expected(halves, plan).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=f"{folder} {name}")
