@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from codegen.torchrec_check import Collection, check, collections_of, locate
 from ir.compression import CodecName, Compression, Direction, torchrec_refuses
@@ -24,45 +24,27 @@ def runs_exchange(plan: Plan) -> bool:
     return section is not None and section.engine == "exchange" and any(e.used for e in section.exchanges)
 
 
-def sharders(plan: Plan, device: str, exchange_dtype: str | None = None) -> list[Any]:
-    """TorchRec's sharders for the plan, with the quantised communication that its compression section asks for.
-
-    ``exchange_dtype``: instead of a section, one type both ways.
+def sharders(plan: Plan, device: str) -> list[Any]:
+    """TorchRec's sharders for the plan, with its quantised communication where the plan has narrow vectors.
 
     Raises:
-        InputError: the section is for the compressed exchange, or asks for what TorchRec would replace silently.
+        InputError: as :func:`wire_types`.
     """
     from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-    registry = codecs_registry(plan, device, exchange_dtype)
+    registry = codecs_registry(plan, device)
     return [
         EmbeddingBagCollectionSharder(qcomm_codecs_registry=registry),
         EmbeddingCollectionSharder(qcomm_codecs_registry=registry),
     ]
 
 
-def codecs_registry(plan: Plan, device: str, exchange_dtype: str | None = None) -> Any:
-    """TorchRec's codecs registry; None where nothing is compressed. Raises InputError as :func:`sharders`."""
-    section = plan.decisions.compression
-    if exchange_dtype is not None:
-        refused = torchrec_refuses(cast(CodecName, exchange_dtype), device, False)
-        if refused:
-            raise InputError(f"vectors cannot travel as {exchange_dtype}: {refused}")
-        return _registry(exchange_dtype, exchange_dtype, device)
-    if section is None or not any(exchange.used for exchange in section.exchanges):
+def codecs_registry(plan: Plan, device: str) -> Any:
+    """TorchRec's codecs registry; None where vectors travel as float32. Raises InputError as :func:`wire_types`."""
+    forward, backward = wire_types(plan, device)
+    if forward == backward == "none":
         return None
-    if section.engine != "torchrec":
-        raise InputError(
-            "the plan compresses exchanges by codecs whose messages have no fixed size, which TorchRec cannot carry; "
-            "run it with plan.apply(module, process_group), or compile with the engine 'torchrec'"
-        )
-    split = any(table.sharding_type in ROW_SPLIT for table in plan.table_plans)
-    forward, backward = (_one_codec(section, way, device, split) for way in ("forward", "backward"))
-    return _registry(forward, backward, device)
-
-
-def _registry(forward: str, backward: str, device: str) -> Any:
     import torch
     from torchrec.distributed.fbgemm_qcomm_codec import (
         CommType,
@@ -74,7 +56,37 @@ def _registry(forward: str, backward: str, device: str) -> Any:
         forward_precision=CommType("fp32" if forward == "none" else forward),
         backward_precision=CommType("fp32" if backward == "none" else backward),
     )
-    return get_qcomm_codecs_registry(config, device=torch.device(device))
+    # For a CPU it would put fp16 in the place of bf16, which gloo of torch 2.13 carries and sums. The device has no
+    # other effect there.
+    return get_qcomm_codecs_registry(config, device=torch.device("cuda"))
+
+
+def wire_types(plan: Plan, device: str) -> tuple[CodecName, CodecName]:
+    """TorchRec's codec of vectors (forward) and of their gradients (backward), ``"none"`` for float32.
+
+    That is the workload's exchange type, both ways, where it is narrow; else what the compression section says.
+
+    Raises:
+        InputError: the section is for the compressed exchange, or a codec is one that TorchRec would replace silently.
+    """
+    split = any(table.sharding_type in ROW_SPLIT for table in plan.table_plans)
+    declared = plan.workload.exchange_dtype
+    if declared != "fp32":
+        refused = torchrec_refuses(declared, device, split)
+        if refused:
+            raise InputError(
+                f"vectors cannot travel as {declared}: {refused}; set the workload's exchange_dtype to fp16"
+            )
+        return declared, declared
+    section = plan.decisions.compression
+    if section is None or not any(exchange.used for exchange in section.exchanges):
+        return "none", "none"
+    if section.engine != "torchrec":
+        raise InputError(
+            "the plan compresses exchanges by codecs whose messages have no fixed size, which TorchRec cannot carry; "
+            "run it with plan.apply(module, process_group), or compile with the engine 'torchrec'"
+        )
+    return _one_codec(section, "forward", device, split), _one_codec(section, "backward", device, split)
 
 
 def _one_codec(section: Compression, direction: Direction, device: str, row_split: bool) -> CodecName:

@@ -73,7 +73,9 @@ def losses_of(plan: Plan) -> str:
     lossy = sorted(name for name in used if codec_of(name).bounded or codec_of(name).format)
     if lossy:
         return f"vectors travel in {', '.join(lossy)}"
-    if form_of(plan) != "torchrec" and nbytes(plan.workload.exchange_dtype) < 4:
+    if nbytes(plan.workload.exchange_dtype) < 4 and any(
+        table.sharding_type != "data_parallel" for table in plan.table_plans
+    ):
         return f"vectors travel in {plan.workload.exchange_dtype}"
     return ""
 

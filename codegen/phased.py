@@ -12,9 +12,7 @@ from codegen.execution import form_of
 from codegen.growth import phase_plan
 from codegen.torchrec import ShardedModel, sharded_model
 from codegen.torchrec_check import collections_of
-from ir.dtypes import nbytes
 from ir.errors import InputError
-from ir.growth import GrowthPhase
 from ir.plan import Plan
 
 if TYPE_CHECKING:
@@ -106,10 +104,7 @@ class PhasedModel:
         return True
 
     def _shard(self, module: nn.Module, phase: int) -> ShardedModel:
-        narrow = _narrower(self.plan, self.section.phases[phase])
-        return sharded_model(
-            phase_plan(self.plan, phase), module, self.group, exchange_dtype=narrow, **self.kwargs
-        )
+        return sharded_model(phase_plan(self.plan, phase), module, self.group, **self.kwargs)
 
     def _dense(self) -> torch.optim.Optimizer:
         """The optimizer that holds the layers that resize."""
@@ -166,9 +161,3 @@ def _refuse(plan: Plan) -> None:
             "layers that are split over ranks cannot be resized, nor can groups of tables move; compile growth without "
             "constraints.dense"
         )
-
-
-def _narrower(plan: Plan, phase: GrowthPhase) -> str | None:
-    """The type of vectors on the wire where a phase has a narrower one than the workload."""
-    own = plan.workload.exchange_dtype
-    return phase.exchange_dtype if nbytes(phase.exchange_dtype) < nbytes(own) else None

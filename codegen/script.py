@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codegen.collectives import advice, bucket_mib
+from codegen.compressed import wire_types
 from codegen.dense import group_plan, script_values
 from codegen.torchrec import in_torchrec_order
 from codegen.torchrec_check import check, collections_of, locate
@@ -47,7 +48,8 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
 
     options = dict(options or {})
     module, inputs = _declare(model, options)
-    check(plan, module, device="cpu" if plan.topology.device.kind == "cpu" else "cuda")
+    device = "cpu" if plan.topology.device.kind == "cpu" else "cuda"
+    check(plan, module, device=device)
     why_cpu = _needs_cpu(module)
     dense, arguments = _inputs(module, inputs)
     collections = collections_of(module)
@@ -90,8 +92,29 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         lr=_DEFAULT_LR,
         bucket_mib=bucket_mib(plan),
         advice=advice(plan),
+        wire=wire_types(plan, device),
         **script_values(entire),
     )
+
+
+def script_limits(plan: Plan) -> tuple[str, ...]:
+    """What the plan decides and the script of :func:`emit_torchrec` leaves to its reader, one sentence each."""
+    decided, found = plan.decisions, []
+    if decided.towers is not None and decided.towers.applied:
+        found.append("it exchanges vectors between all ranks, without towers; the target 'script' has them")
+    if decided.dedup is not None and decided.dedup.chosen:
+        found.append(
+            "its batches hold every sample's ids; put codegen.dedup.deduplicator(plan) into your data loader"
+        )
+    if decided.formats is not None and any(
+        tensor.format != "fp32" for tensor in decided.formats.tensors if tensor.kind != "traffic"
+    ):
+        found.append("tables and GEMMs compute in the model's own types; plan.apply has those of the plan")
+    if any(table.tiers is not None for table in plan.table_plans):
+        found.append("all rows of tables are in device memory; plan.apply has memory tiers")
+    if decided.growth is not None:
+        found.append("it trains at full size throughout; codegen.phased.PhasedModel has the phases")
+    return tuple(found)
 
 
 def _plain(name: str) -> str:

@@ -138,7 +138,6 @@ def sharded_model(
     eps: float = 1e-8,
     device: str = "cpu",
     storage: str | None = None,
-    exchange_dtype: str | None = None,
 ) -> ShardedModel:
     """``module`` sharded as the plan says and ready to train; its weights are kept.
 
@@ -156,7 +155,6 @@ def sharded_model(
         eps: of Adagrad and Adam; the default is FBGEMM's.
         device: ``"cpu"`` or ``"cuda"``.
         storage: as :func:`to_torchrec`.
-        exchange_dtype: of vectors on the wire, "fp16" or "bf16"; default: as the plan's compression section says.
 
     Raises:
         InputError: as :func:`to_torchrec`; or the process group, ``LOCAL_WORLD_SIZE`` or the optimizer
@@ -201,7 +199,7 @@ def sharded_model(
         env=ShardingEnv.from_process_group(groups.shards if groups is not None else group),
         device=target,
         plan=decided,
-        sharders=sharders(plan, device, exchange_dtype),
+        sharders=sharders(plan, device),
         data_parallel_wrapper=dense_wrapper(entire, group if groups is not None else None),
     )
     send_scheduled(entire, wrapped, group)

@@ -110,8 +110,6 @@ def torchrec_refuses(name: CodecName, device: str, row_split: bool) -> str:
     """
     if name not in ("none", "fp16", "bf16", "fp8", "int8", "mx4"):
         return "TorchRec's messages have a fixed size"
-    if device == "cpu" and name == "bf16":
-        return "on a CPU TorchRec replaces bf16 by fp16"
     if device == "cpu" and name == "fp8":
         return "FBGEMM has no fp8 kernel for CPUs"
     if row_split and name in ("fp8", "int8", "mx4"):

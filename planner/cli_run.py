@@ -112,15 +112,15 @@ def emit(plan: str, target: str, model: str | None, output: str | None, as_json:
     if as_json:
         shown = None if output else text
         answer({"target": target, "path": output, "text": shown, "use": use, "limits": limits})
-    elif output:
-        click.echo(f"written to {output}; {use}")
-    else:
-        click.echo(text, nl=False)
+        return
+    click.echo(f"written to {output}; {use}" if output else text, nl=bool(output))
+    for limit in limits:
+        click.echo(f"note: {limit}", err=True)
 
 
 def _emitted(plan: Plan, target: str, model: str | None, path: str) -> tuple[str, str, list[str]]:
     """The file, what to do with it, and what it cannot say."""
-    from codegen.script import emit_torchrec
+    from codegen.script import emit_torchrec, script_limits
     from codegen.torchao import emit_torchao
     from codegen.tower_script import emit_towers
     from planner.run import source_of
@@ -132,4 +132,5 @@ def _emitted(plan: Plan, target: str, model: str | None, path: str) -> tuple[str
     if target == "torchao":
         return emit_torchao(plan, named), "import it and call quantize_model(model)", []
     text = (emit_torchrec if target == "torchrec" else emit_towers)(plan, named)
-    return text, f"run: torchrun --nproc-per-node {plan.topology.host_size} {Path(path)}", []
+    limits = list(script_limits(plan)) if target == "torchrec" else []
+    return text, f"run: torchrun --nproc-per-node {plan.topology.host_size} {Path(path)}", limits

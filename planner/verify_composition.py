@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from codegen.execution import form_of
+from ir.compression import torchrec_refuses
 from ir.plan import Plan
 
 _SUMS_ROWS = ("row_wise", "table_row_wise", "grid_shard")
@@ -29,6 +31,12 @@ def check_composition(plan: Plan) -> Iterator[str]:
         split = [t.name for t in plan.table_plans if t.sharding_type in _SUMS_ROWS]
         if decided.compression.engine == "exchange" and not towers and split:
             yield f"table {split[0]!r} is summed over its row blocks, each of which codecs would change"
+    wire, device = plan.workload.exchange_dtype, plan.topology.device.kind
+    if wire != "fp32" and not coded and form_of(plan, device) == "torchrec":
+        sums = any(table.sharding_type in _SUMS_ROWS for table in plan.table_plans)
+        refused = torchrec_refuses(wire, device, sums)
+        if refused:
+            yield f"vectors cannot travel as {wire}: {refused}"
     for table in plan.table_plans:
         if towers and table.pooling not in ("sum", "mean"):
             yield f"table {table.name!r} is not pooled, and towers exchange pooled vectors"

@@ -243,3 +243,81 @@ def train(rank: Rank, path: str, tables: list[Any]) -> dict[str, Any]:
         pairs = [(whole[k], v) for k, v in reference.items() if "ebc" in k]
     found["weights"] = max([float((a - b).abs().max()) for a, b in pairs] or [0.0])
     return found
+
+
+def narrow(rank: Rank, path: str, tables: list[Any], dtype: str) -> dict[str, float]:
+    """A step of SGD with vectors in ``dtype`` on the wire, from tables of zeros, then a forward pass of longer bags.
+
+    In units of the type's rounding, relative to the value: how far the update (a row a sample, so minus its gradient) and
+    the output are from the unsharded model's, and how far from a value of the type.
+    """
+    import copy
+
+    import torch.distributed as dist
+    from torchrec import KeyedJaggedTensor
+
+    import planner
+    from codegen.runtime.gather import whole_weights
+    from tests.torchrec_models import Small
+
+    torch.manual_seed(3)
+    module = Small(tables)
+    for name, p in module.named_parameters():
+        if name.startswith("ebc."):
+            p.data.zero_()
+    alone = copy.deepcopy(module)
+    samples = 8 * rank.world_size
+    mine = slice(8 * rank.rank, 8 * rank.rank + 8)
+    model = planner.Plan.load(path).apply(module, dist.group.WORLD, optimizer="sgd", lr=1.0, dense_lr=0.0)
+    rounding = torch.finfo(getattr(torch, dtype)).eps / 2
+    random = torch.Generator().manual_seed(4)
+
+    def ids(lengths: Tensor, part: slice) -> Any:
+        rows = {feature: table[1] for table in tables for feature in table[3]}
+        values = [torch.randperm(rows[f], generator=random) for f in alone.names]
+        split = [v[: int(n.sum())].split(n.tolist())[part] for v, n in zip(values, lengths, strict=True)]
+        return KeyedJaggedTensor(
+            keys=list(alone.names),
+            values=torch.cat([row for one in split for row in one]),
+            lengths=lengths[:, part].reshape(-1).int(),
+        )
+
+    def both(lengths: Tensor) -> tuple[Any, Any]:
+        state = random.get_state()
+        whole = ids(lengths, slice(None))
+        random.set_state(state)
+        return whole, ids(lengths, mine)
+
+    dense, labels = torch.randn(samples, 3, generator=random), torch.rand(samples, generator=random)
+    one_each, few = torch.ones(len(alone.names), samples).long(), torch.full((len(alone.names), samples), 2)
+    whole, part = both(one_each)
+    scale = 1024.0  # keeps gradients above the subnormals of fp16
+    (scale * F.binary_cross_entropy_with_logits(alone(dense, whole), labels)).backward()
+    loss = F.binary_cross_entropy_with_logits(model(dense[mine], part), labels[mine])
+    model.zero_grad()
+    (scale * loss).backward()
+    model.step()
+    held = whole_weights(model.module)
+    found = {"gradient": 0.0, "gradient_type": 0.0, "output": 0.0, "output_type": 0.0}
+
+    def note(what: str, value: Tensor, wanted: Tensor) -> None:
+        own = value.to(getattr(torch, dtype)).to(value.dtype)
+        far = (value - wanted).abs().max() / wanted.abs().max() / rounding
+        found[what] = max(found[what], float(far))
+        found[f"{what}_type"] = max(found[f"{what}_type"], float((own - value).abs().max()))
+
+    for name, p in alone.named_parameters():
+        if name.startswith("ebc."):
+            assert p.grad is not None
+            note("gradient", held[name], -p.grad)
+            # rows of full float32 precision from here on, the same in both models
+            p.data = torch.randn(p.shape, generator=random)
+    from codegen.torchrec import load_weights
+
+    load_weights(model.module, alone.state_dict())
+    whole, part = both(few)
+    with torch.no_grad():
+        expected, got = alone.ebc(whole), model.module.module.ebc(part).wait()
+    for feature in alone.names:
+        note("output", got[feature], expected[feature][mine])
+    return found

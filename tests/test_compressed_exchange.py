@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from codegen.compressed import codecs_registry
+from codegen.execution import losses_of
 from codegen.runtime.compressed_exchange import pieces_of
 from codegen.runtime.launch import launch
 from ir.compression import Compression
 from ir.errors import InputError
 from ir.reading import parse_record
+from planner.verify_composition import check_composition
 from tests.plans import Decision, Table, make_plan
 
 TARGETS = str(Path(__file__).parent / "exchange_targets.py")
@@ -127,16 +130,12 @@ def test_fixed_rate_codecs_run_in_torchrec(codec: str, least: float, most: float
 
 
 def test_what_torchrec_would_replace_silently_is_refused() -> None:
-    from codegen.compressed import codecs_registry
-
     plan = make_plan(TABLES, KINDS | {"c": Decision("row_wise")}, 1, 2)
 
     def asking(codec: str, engine: str = "torchrec") -> Any:
         asked = parse_record(Compression, section({"a": (codec, 0.0)}) | {"engine": engine}, "section")
         return replace(plan, decisions=replace(plan.decisions, compression=asked))
 
-    with pytest.raises(InputError, match="replaces bf16 by fp16"):
-        codecs_registry(asking("bf16"), "cpu")
     with pytest.raises(InputError, match="sums over row blocks"):
         codecs_registry(asking("int8"), "cpu")
     with pytest.raises(InputError, match="no fixed size"):
@@ -144,3 +143,33 @@ def test_what_torchrec_would_replace_silently_is_refused() -> None:
     assert codecs_registry(plan, "cpu") is None
     with pytest.raises(InputError, match="'c' is row_wise"):
         pieces_of(plan)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_vectors_and_gradients_travel_in_the_type_of_the_workload(dtype: str, tmp_path: Path) -> None:
+    """A plain plan: what arrives is of the type, both ways, and within its rounding of the unsharded model.
+
+    A row that is split over ranks arrives as a sum in the type of two that were rounded.
+    """
+    tables = [Table(name, 61, 16) for name in "abc"]
+    kinds = WHOLE | {"b": Decision("column_wise", (1, 0)), "c": Decision("row_wise")}
+    plan = make_plan(tables, kinds, 1, 2, batch=16, optimizer="sgd")
+    plan = replace(plan, workload=replace(plan.workload, exchange_dtype=dtype))  # type: ignore[arg-type]
+    plan.save(tmp_path / "plan.json")
+    declared = [[t.name, t.rows, t.dim, (f"f_{t.name}",), t.pooling, t.dtype] for t in tables]
+    name = {"bf16": "bfloat16", "fp16": "float16"}[dtype]
+    sent = {"path": str(tmp_path / "plan.json"), "tables": declared, "dtype": name}
+    assert dtype in losses_of(plan)
+    for found in launch(f"{TARGETS}:narrow", 2, sent):
+        assert found["gradient_type"] == found["output_type"] == 0.0
+        assert 0.1 < found["gradient"] <= 1.001
+        assert 0.1 < found["output"] <= 3.0
+
+
+def test_a_type_of_the_workload_that_torchrec_cannot_send() -> None:
+    plan = make_plan(TABLES, KINDS | {"c": Decision("row_wise")}, 1, 2)
+    for dtype, why in (("fp8", "no fp8 kernel"), ("int8", "sums over row blocks")):
+        asking = replace(plan, workload=replace(plan.workload, exchange_dtype=dtype))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=f"cannot travel as {dtype}: .*{why}"):
+            codecs_registry(asking, "cpu")
+        assert any(f"cannot travel as {dtype}" in fault for fault in check_composition(asking))

@@ -117,6 +117,26 @@ def test_text(model_file: Path) -> None:
     assert max(len(line) for line in text.splitlines()) < 160
 
 
+def test_narrow_vectors_are_in_the_script_and_what_it_leaves_out_is_said(model_file: Path) -> None:
+    from dataclasses import replace
+
+    from codegen.script import script_limits
+    from ir.dedup import DedupGroup, DedupPlan
+
+    plan = seven_types()
+    assert "CODECS" not in emit_torchrec(plan, f"{model_file}:build")
+    assert script_limits(plan) == ()
+    narrow = replace(plan, workload=replace(plan.workload, exchange_dtype="bf16"))
+    script = model_file.with_name("train.py")
+    script.write_text(emit_torchrec(narrow, f"{model_file}:build"))
+    made = runpy.run_path(str(script))
+    codec = made["CODECS"]["POOLED_EMBEDDINGS_REDUCE_SCATTER"]
+    assert [str(one.quantized_dtype) for one in (codec.forward, codec.backward)] == ["torch.bfloat16"] * 2
+    group = DedupGroup(("f_t0",), 2.0, 9.0, 1.0, 1.0, 0.5, True, "")
+    fewer = replace(plan, decisions=replace(plan.decisions, dedup=DedupPlan(2.0, (group,))))
+    assert ["deduplicator" in limit for limit in script_limits(fewer)] == [True]
+
+
 def test_refusals(model_file: Path) -> None:
     with pytest.raises(InputError, match=r"has no 'bulid' .did you mean 'build'"):
         emit_torchrec(seven_types(), f"{model_file}:bulid")
