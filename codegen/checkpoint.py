@@ -165,7 +165,7 @@ def _read(
                 load(some, storage_reader=TensorReader(source, grown), planner=BlockLoader())
         except CheckpointException as error:
             first = next(iter(error.failures.values()), (error,))[0]
-            what = "; only tables may have grown" if grows else ""
+            what = "; tables may have more rows or be new, layers must keep their shapes" if grows else ""
             raise InputError(f"checkpoint {source} cannot be read: {clipped(str(first))}{what}") from None
         except OSError as error:
             raise InputError(f"checkpoint {source} cannot be read: {error}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from codegen.checkpoint import load_checkpoint, save_checkpoint
@@ -22,15 +23,32 @@ from planner.zoo import build
 ROWS, DIM, TABLES, GLOBAL_BATCH = 101, 16, 6, 48
 
 
-def model(grown: Sequence[int] = (), seed: int = 0) -> Any:
-    """The same small DLRM on every rank; ``grown``: rows that its first tables have gained."""
+class Summed(nn.Module):
+    """A model whose layers do not depend on the number of tables: the features' vectors are added up."""
+
+    def __init__(self, flat: Any) -> None:
+        super().__init__()
+        self.ebc, self.bottom, self.features = flat.ebc, flat.bottom, flat.features
+        self.top = nn.Sequential(nn.Linear(DIM, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.random_batch = flat.random_batch
+
+    def forward(self, dense: torch.Tensor, ids: Any) -> torch.Tensor:
+        """Logits (B,)."""
+        pooled = self.ebc(ids)
+        vectors = [pooled[feature] for feature in self.features]
+        return self.top(self.bottom(dense) + torch.stack(vectors).sum(0)).squeeze(-1)  # type: ignore[no-any-return]
+
+
+def model(grown: Sequence[int] = (), seed: int = 0, tables: int = TABLES, summed: bool = False) -> Any:
+    """The same small model on every rank; ``grown``: rows that its first tables have gained."""
     torch.manual_seed(seed)
-    more = [*grown, *([0] * TABLES)]
-    tables = [
+    more = [*grown, *([0] * tables)]
+    made = [
         {"name": f"t{n}", "rows": ROWS + n + more[n], "dim": DIM, "features": [f"f{n}"]}
-        for n in range(TABLES)
+        for n in range(tables)
     ]
-    return build("dlrm", tables=tables, dense_features=3, bottom=(8, DIM), top=(8, 1), device="cpu").module
+    flat = build("dlrm", tables=made, dense_features=3, bottom=(8, DIM), top=(8, 1), device="cpu").module
+    return Summed(flat) if summed else flat
 
 
 def train(place: Rank, plan: dict[str, Any], folder: str, settings: dict[str, Any]) -> dict[str, Any]:
