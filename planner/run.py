@@ -108,6 +108,11 @@ def render_run(plan: Plan, result: RunResult) -> RenderableType:
         found = getattr(result, name)
         differences.add_row(name, f"{found.absolute:.2e}", f"{found.relative:.2e}", found.where)
     verdict = f"{'equal' if result.equal else 'NOT EQUAL'} within {result.tolerance:g} relative"
+    if result.equal and result.over_rounding:
+        verdict = (
+            f"equal up to rounding: what is beyond {result.tolerance:g} relative is {result.over_rounding:.2g} times as "
+            "far from a float64 run as the unsharded float32 run itself"
+        )
     if result.lossy and not result.equal:
         verdict = f"not exact by the plan's choice ({result.lossy})"
     return Group(

@@ -133,6 +133,17 @@ def test_a_wrong_update_would_be_seen() -> None:
     assert not changed.equal
     assert changed.weights.relative > 1e-3
     assert changed.updates.relative > 0.01
+    assert changed.notes == ()  # its vectors come in their order
+
+
+def test_a_model_that_reads_vectors_by_position_is_told_why_it_differs() -> None:
+    """TorchRec returns the vectors of rank 0's tables first, whatever their order in the collection."""
+    placed = {table.name: Decision("table_wise", (turn % 2 ^ 1,)) for turn, table in enumerate(TABLES)}
+    plan = make_plan(TABLES, placed, 1, 2)
+    result = run(plan, TABLES, "ByPosition", steps=1)
+    assert not result.equal
+    (note,) = result.notes
+    assert "'ebc' returns its vectors in the order of its shards" in note
 
 
 def test_refused_runs() -> None:

@@ -51,6 +51,13 @@ class Small(nn.Module):
         return torch.zeros(batch, 3), ids
 
 
+class ByPosition(Small):
+    """Takes the vectors as they come, which is another order when they are sharded."""
+
+    def forward(self, dense: Tensor, ids: Any) -> Tensor:
+        return self.top(torch.cat([dense, self.ebc(ids).values()], dim=1)).squeeze(-1)
+
+
 class Sequences(nn.Module):
     """An EmbeddingCollection whose rows are the output."""
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from codegen.execution import Form, form_of, losses_of
@@ -206,7 +206,7 @@ def run_plan(
         )
     seconds = [max(times) for times in zip(*(answer["seconds"] for answer in answers), strict=True)]
     first = answers[0]
-    return RunResult(
+    result = RunResult(
         nproc=nproc,
         host_size=plan.topology.host_size,
         steps=steps,
@@ -234,6 +234,16 @@ def run_plan(
         form=form_of(plan),
         lossy=losses_of(plan),
         spans=aligned(part for answer in answers for part in answer.get("spans", ())),
+    )
+    return result if result.equal else replace(result, notes=(*result.notes, *_reading(first["reordered"])))
+
+
+def _reading(reordered: Sequence[str]) -> tuple[str, ...]:
+    """What TorchRec's own order of vectors may have changed, where the models differ."""
+    return tuple(
+        f"{path!r} returns its vectors in the order of its shards, not of its tables: if the model joins them by "
+        "position (KeyedTensor.values()), it reads others than unsharded; join them by name (to_dict, regroup)"
+        for path in reordered
     )
 
 

@@ -67,6 +67,7 @@ def train_and_compare(
     batches = RandomBatches(module, decided.table_plans, decided.workload, batch, example)
     names = table_parameters(decided, module)
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    declared = orders_of_vectors(module)
     sharded = executed(
         decided,
         module,
@@ -100,10 +101,13 @@ def train_and_compare(
         part = batches(step_seed(seed, steps)).part(place.rank, place.world_size)
         dist.barrier()
         answer["spans"] = profiled(place.rank, functools.partial(train_step, sharded, part))
+    kept = orders_of_vectors(sharded.module).values()
+    reordered = [path for path, names in declared.items() if names not in kept]
     del sharded, module
     if place.rank == 0:
         sharded_run = (outputs, losses, weights)
         answer |= _compare_alone(spec, decided, sharded_run, before, (batch, seed, lr, optimizer))
+        answer["reordered"] = reordered
     return answer
 
 
@@ -305,6 +309,12 @@ def table_parameters(plan: Plan, module: nn.Module) -> dict[str, str]:
         collection, config = locate(table, collections)
         found[table.name] = names[id(collection.weight(config.name))]
     return found
+
+
+def orders_of_vectors(module: nn.Module) -> dict[str, list[str]]:
+    """The keys of what each of TorchRec's collections of bags returns, in order, by its path; sharded ones too."""
+    found = ((path, getattr(child, "_embedding_names", None)) for path, child in module.named_modules())
+    return {path: list(names) for path, names in found if names}
 
 
 def flatten(output: Any) -> Outputs:
