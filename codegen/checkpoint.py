@@ -52,7 +52,7 @@ def save_checkpoint(plan: Plan, model: Running, folder: str | Path, step: int) -
     from torch.distributed.checkpoint.state_dict_saver import save
 
     from codegen.checkpoint_blocks import BlockSaver
-    from codegen.checkpoint_state import check_in_step, model_state
+    from codegen.checkpoint_state import check_in_step, model_state, phase_of
 
     check_in_step(model)
     target = Path(folder) / f"step-{step:09d}"
@@ -66,7 +66,8 @@ def save_checkpoint(plan: Plan, model: Running, folder: str | Path, step: int) -
     save(state, checkpoint_id=target, planner=BlockSaver())
     if dist.get_rank() == 0:
         # the plan's own digest is for people: any plan of the model may load it
-        about = {"step": step, "folder": target.name, "model": plan.model.digest, "plan": plan.digest}
+        about: dict[str, Any] = {"step": step, "folder": target.name, **phase_of(model)}
+        about |= {"model": plan.model.digest, "plan": plan.digest}
         write_atomically(Path(folder) / LATEST, json.dumps(about) + "\n")
     dist.barrier()
     return target
@@ -99,7 +100,7 @@ def load_checkpoint(
             something is left over, or states to be joined without ``momentum``.
     """
     from codegen.checkpoint_reader import TensorReader
-    from codegen.checkpoint_state import model_state, settle
+    from codegen.checkpoint_state import enter, model_state, settle
 
     if momentum not in (None, "mean"):
         raise InputError(f"momentum must be 'mean' or None, not {momentum!r}")
@@ -110,6 +111,7 @@ def load_checkpoint(
             "or layers differ (pass the plan of the model that was saved as before, if tables have grown)"
         )
     source, step = Path(folder) / about["folder"], int(about["step"])
+    enter(model, step, about.get("phase"))
     state = model_state(plan, model)
     grown: dict[str, int] = {}
     if before is not None:
@@ -220,6 +222,8 @@ def read_latest(folder: str | Path) -> dict[str, Any]:
         or type(about.get("step")) is not int
         or about.get("folder") != f"step-{about['step']:09d}"
         or not isinstance(about.get("model"), str)
+        or type(about.get("phase", 0)) is not int
+        or about.get("phase", 0) < 0
     ):
         raise InputError(f"{path} does not name a checkpoint; it was edited or damaged")
     return about

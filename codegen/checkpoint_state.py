@@ -50,11 +50,34 @@ def model_state(plan: Plan, model: Any) -> dict[str, Any]:
     Raises:
         InputError: tables in a key-value store of TorchRec, whose rows it does not give out as tensors.
     """
+    if _is_phased(model):
+        found: dict[str, Any] = model.state()
+        return found
     if isinstance(model, CompressedModel):
         return _of_coded(plan, model)
     if isinstance(model, TowerModel):
         return _of_towers(plan, model)
     return _of_torchrec(plan, model)
+
+
+def _is_phased(model: Any) -> bool:
+    from codegen.phased import PhasedModel  # which imports this module
+
+    return isinstance(model, PhasedModel)
+
+
+def phase_of(model: Any) -> dict[str, int]:
+    """The phase of growth that a model is in, for ``latest``; nothing where it has none."""
+    return {"phase": model.phase} if _is_phased(model) else {}
+
+
+def enter(model: Any, step: int, phase: int | None) -> None:
+    """Bring a model with phases of growth into the one that was saved: that of the last step where none is named."""
+    if _is_phased(model):
+        if phase is None:
+            model.begin_step(max(step - 1, 0))
+        else:
+            model.enter(phase)
 
 
 def check_in_step(model: Any) -> None:
@@ -69,6 +92,8 @@ def check_in_step(model: Any) -> None:
 
 def settle(model: Any, step: int) -> None:
     """What follows the reading of a checkpoint of ``step``: bounds of codecs decay on, tables in tiers are durable."""
+    if _is_phased(model):
+        model.restore()
     for exchange in getattr(model, "embeddings", ()):
         exchange.step = step
     lookup = getattr(model, "lookup", None)
@@ -94,7 +119,11 @@ def _of_torchrec(plan: Plan, model: ShardedModel) -> dict[str, Any]:
         found = {slot: value for slot, value in found.items() if slot.startswith("momentum")}
         for slot, value in found.items():
             table = table_of(tables, path)
-            if plan.workload.optimizer == "rowwise_adagrad" and table is not None and _columns(table) > 1:
+            if (
+                len(value.size()) == 1
+                and table is not None
+                and len({shard.col for shard in table.shards}) > 1
+            ):
                 state.update(_row_states(path, table, value))
             else:
                 state[f"optimizer/{path}/{_FUSED[len(found)][slot]}"] = value
@@ -117,10 +146,6 @@ def collection_name(table: TablePlan) -> str:
     """A table's name in its embedding collection, as it stands in the names of parameters."""
     parts = table.parameter.split(".")
     return parts[-2] if len(parts) > 1 else table.name
-
-
-def _columns(table: TablePlan) -> int:
-    return len({shard.col for shard in table.shards})
 
 
 def _row_states(path: str, table: TablePlan, value: Any) -> dict[str, Any]:

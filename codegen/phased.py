@@ -56,7 +56,7 @@ class PhasedModel:
         section = plan.decisions.growth
         if section is None:
             raise InputError("the plan has no growth section; compile with constraints.growth")
-        _refuse(plan)
+        _refuse(plan, kwargs.get("optimizer") or plan.workload.optimizer)
         self.plan, self.section, self.kwargs = plan, section, kwargs
         self.group = process_group if process_group is not None else dist.group.WORLD
         self.received = 0  # bytes that this rank got from others when phases began
@@ -64,6 +64,11 @@ class PhasedModel:
         self._sharded = self._shard(module, 0)
         self._phases = PhasedTraining(section, self._sharded.module.module, self._dense(), recover=recover)
         self._wrap_anew()
+
+    @property
+    def phase(self) -> int:
+        """The phase that the model is in."""
+        return self._phases.phase
 
     @property
     def module(self) -> Any:
@@ -102,6 +107,22 @@ class PhasedModel:
         else:
             self._move(self._phases.phase)
         return True
+
+    def enter(self, phase: int) -> None:
+        """Enter a phase without its training, to be read into; raises InputError where the plan has no such phase."""
+        if phase >= len(self.section.phases):
+            raise InputError(f"the plan has phases 0..{len(self.section.phases) - 1}, not {phase}")
+        self.begin_step(sum(one.steps for one in self.section.phases[:phase]))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: tables and their state as they lie, layers that resize at full size."""
+        sharded = model_state(phase_plan(self.plan, self.phase), self._sharded)
+        return sharded | self._phases.resizer.whole()
+
+    def restore(self) -> None:
+        """Take up layers that were written into the tensors of :meth:`state`."""
+        self._phases.resizer.restore()
+        self._wrap_anew()
 
     def _shard(self, module: nn.Module, phase: int) -> ShardedModel:
         return sharded_model(phase_plan(self.plan, phase), module, self.group, **self.kwargs)
@@ -150,8 +171,16 @@ class PhasedModel:
         }
 
 
-def _refuse(plan: Plan) -> None:
-    dense = plan.decisions.dense
+def _refuse(plan: Plan, optimizer: str) -> None:
+    dense, section = plan.decisions.dense, plan.decisions.growth
+    if section is not None and section.shardings and optimizer == "rowwise_adagrad":
+        for phase in range(len(section.phases)):
+            for table in phase_plan(plan, phase).table_plans:
+                if len({shard.col for shard in table.shards}) > 1:
+                    raise InputError(
+                        f"table {table.name!r} is split by columns in phase {phase}, and row-wise Adagrad keeps states of "
+                        "its blocks that cannot move between phases; compile growth without allow_state_split"
+                    )
     if form_of(plan) != "torchrec":
         raise InputError(
             "phases of growth run beside TorchRec's tables; compile without towers, error-bounded codecs and tiers"

@@ -32,36 +32,41 @@ def model(modules: bool, seed: int) -> Any:
 
 
 def trainings(place: Rank, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each job: load a checkpoint or not, train, save; answers which runtime it was, and losses of the steps."""
+    """Each job: load a checkpoint or not, train, save; answers which runtime it was and steps counted, or why not."""
     torch.set_num_threads(1)
     answers = []
     for job in jobs:
-        plan = Plan.from_dict(job["plan"])
-        module = model(job["modules"], job.get("seed", 0))
-        drawn = model(job["modules"], 0)
-        made = executed(plan, module, dist.group.WORLD, lr=0.05, eps=1e-3, **job.get("how", {}))
-        start = 0
         try:
-            if job.get("load"):
-                start = load_checkpoint(plan, made, job["load"], momentum=job.get("momentum"))
-        except InputError as error:
+            answers.append(_training(place, job))
+        except InputError as error:  # all ranks refuse the same
             answers.append({"refused": str(error)})
-            continue
-        losses = []
-        for step in range(start, job.get("until", start)):
-            mine = cut(batch(drawn, plan, SIZE, 1000 + step), place.rank, place.world_size)
-            made.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(made(*mine[:2]), mine[2])
-            loss.backward()
-            made.step()
-            losses.append(float(loss.detach()))
-            for folder in job.get("save", {}).get(str(step + 1), []):
-                save_checkpoint(plan, made, folder, step + 1)
-        if job.get("copy"):
-            save_checkpoint(plan, made, job["copy"], start)
-        lookup = getattr(made, "lookup", None)
-        answers.append({"form": form_of(plan), "losses": losses, "step": getattr(lookup, "step", None)})
     return answers
+
+
+def _training(place: Rank, job: dict[str, Any]) -> dict[str, Any]:
+    plan = Plan.from_dict(job["plan"])
+    drawn = model(job["modules"], 0)
+    made = executed(
+        plan,
+        model(job["modules"], job.get("seed", 0)),
+        dist.group.WORLD,
+        lr=0.05,
+        eps=1e-3,
+        **job.get("how", {}),
+    )
+    start = 0
+    if job.get("load"):
+        start = load_checkpoint(plan, made, job["load"], momentum=job.get("momentum"))
+    for step in range(start, job.get("until", start)):
+        mine = cut(batch(drawn, plan, SIZE, 1000 + step), place.rank, place.world_size)
+        made.zero_grad()
+        F.binary_cross_entropy_with_logits(made(*mine[:2]), mine[2]).backward()
+        made.step()
+        for folder in job.get("save", {}).get(str(step + 1), []):
+            save_checkpoint(plan, made, folder, step + 1)
+    if job.get("copy"):
+        save_checkpoint(plan, made, job["copy"], start)
+    return {"form": form_of(plan), "step": getattr(getattr(made, "lookup", None), "step", None)}
 
 
 def kept(folder: Path) -> dict[str, torch.Tensor]:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from codegen.checkpoint import load_checkpoint, save_checkpoint
 from codegen.phased import PhasedModel
 from codegen.runtime.batches import Batch
 from codegen.runtime.gather import whole_weights
 from codegen.runtime.growth.phases import PhasedTraining
 from codegen.runtime.launch import Rank
 from codegen.runtime.optimizers import make_optimizer
+from codegen.torchrec import sharded_model
 from ir.plan import Plan
 from planner.zoo import build
 from tests.checkpoint_rank import smooth
@@ -56,6 +58,42 @@ def phased(place: Rank, plan: dict[str, Any]) -> dict[str, Any]:
         losses.append(float(loss))
     weights = {name: value.tolist() for name, value in whole_weights(made.module).items()}
     return {"weights": weights, "began": began, "widths": widths, "losses": losses, "received": made.received}
+
+
+def resumed(
+    place: Rank,
+    plan: dict[str, Any],
+    then: dict[str, Any],
+    flat: dict[str, Any],
+    folder: str,
+    stops: list[int],
+) -> dict[str, Any]:
+    """Steps up to each stop, saved and read by a new model of the plans in turn; at last into a flat plan's."""
+    torch.set_num_threads(1)
+    plans = [Plan.from_dict(plan), Plan.from_dict(then)]
+    growth = plans[0].decisions.growth
+    assert growth is not None
+    start = 0
+    for turn, stop in enumerate([*stops, growth.steps]):
+        decided = plans[turn % 2]
+        made = PhasedModel(decided, model(), lr=LR, eps=EPS, dense_optimizer="adagrad")
+        if turn:
+            assert load_checkpoint(decided, made, folder) == start
+        for step in range(start, stop):
+            made.begin_step(step)
+            part = batch(decided, step).part(place.rank, place.world_size)
+            made.zero_grad()
+            F.binary_cross_entropy_with_logits(made(*part.inputs), part.labels).backward()
+            made.step()
+        save_checkpoint(decided, made, folder, stop)
+        start = stop
+    plain = sharded_model(Plan.from_dict(flat), model(), lr=LR, eps=EPS, dense_optimizer="adagrad")
+    load_checkpoint(Plan.from_dict(flat), plain, folder)
+    weights, same = whole_weights(made.module), whole_weights(plain.module)
+    return {
+        "weights": {name: value.tolist() for name, value in weights.items()},
+        "same": all(torch.equal(same[name], value) for name, value in weights.items()),
+    }
 
 
 def alone(plan: Plan) -> dict[str, torch.Tensor]:

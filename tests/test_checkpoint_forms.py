@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from codegen.runtime.compare_rank import unsharded_model
 from codegen.runtime.launch import launch
+from ir.dense_plan import DensePlan, GroupTable, SparseReplicas
 from ir.plan import Plan
 from tests import composed_plans as plans
 from tests.checkpoint_forms_rank import SIZE, kept, model
@@ -84,6 +85,76 @@ def test_around_all_runtimes_and_back(optimizer: str, tmp_path: Path) -> None:
         for key, value in end.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)
             assert not torch.equal(value, start[key]), key
+
+
+def test_adam_and_a_split_dense_part(tmp_path: Path) -> None:
+    """Steps are counted for each shard; the dense part is split over hosts, then over all ranks, then copied."""
+    first = towers("adam")
+    dense = DensePlan("hsdp", 2, 2, reshard_after_forward=False, units=(("bottom",), ("top",)))
+    both = plans.with_decisions(everything("adam"), dense=dense)
+    spread = plans.with_decisions(
+        plans.compressed(towers("adam"), plans.BOUNDED), dense=DensePlan("fsdp", 4, 1, units=(("top",),))
+    )
+    at = {name: tmp_path / name for name in ("start", "end", "both", "spread", "back")}
+    text = {name: str(folder) for name, folder in at.items()}
+    rows = {"kernel": "rows"}
+    run(
+        4,
+        {
+            "plan": first,
+            "until": 4,
+            "save": {"2": [text["start"]], "4": [text["end"]]},
+            "how": {"kernel": "dense"},
+        },
+        {"plan": both, "seed": 1, "load": text["start"], "copy": text["both"]}
+        | {"how": rows | {"storage": str(tmp_path / "tiers")}},
+        {"plan": spread, "seed": 2, "load": text["both"], "copy": text["spread"], "how": rows},
+        {"plan": first, "seed": 3, "load": text["spread"], "until": 4, "save": {"4": [text["back"]]}}
+        | {"how": {"kernel": "dense"}},
+    )
+    assert_same(at["start"], at["both"])
+    assert_same(at["start"], at["spread"])
+    end, back = kept(at["end"]), kept(at["back"])
+    assert end["optimizer/ebc.embedding_bags.d.weight/step"] == 4
+    for key, value in end.items():
+        torch.testing.assert_close(back[key], value, rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_groups_of_tables_are_saved_when_they_agree(tmp_path: Path) -> None:
+    """Two groups of two ranks that average every second step go on as if undisturbed, and into one flat plan."""
+    decided = plans.FLAT_2 | {"c": plans.Decision("row_wise")}
+    flat = plans.flat_plan(1, 4, plans.FLAT_2, "rowwise_adagrad")
+    found = {}
+    for table in plans.flat_plan(1, 2, decided).table_plans:
+        columns = tuple(
+            dict.fromkeys((s.col, s.cols, 0 if s.rows < table.rows else s.rank) for s in table.shards)
+        )
+        found[table.name] = GroupTable(table.name, table.sharding_type, columns)
+    tables = tuple(found[table.name] for table in flat.table_plans)
+    plan = plans.with_decisions(
+        flat, dense=DensePlan("ddp", 1, 4, sparse=SparseReplicas(2, 2, 0, 0, tables, ()))
+    )
+    at = {name: str(tmp_path / name) for name in ("start", "end", "back", "flat", "odd")}
+    answers = run(
+        4,
+        {"plan": plan, "until": 4, "save": {"2": [at["start"]], "4": [at["end"]]}, "modules": False},
+        {"plan": flat, "seed": 1, "load": at["start"], "copy": at["flat"], "modules": False},
+        {
+            "plan": plan,
+            "seed": 2,
+            "load": at["flat"],
+            "until": 4,
+            "save": {"4": [at["back"]]},
+            "modules": False,
+        },
+        {"plan": plan, "until": 1, "save": {"1": [at["odd"]]}, "modules": False},
+    )
+    assert [one.get("refused", "")[:20] for one in answers[:3]] == ["", "", ""]
+    assert_same(Path(at["start"]), Path(at["flat"]))
+    end, back = kept(Path(at["end"])), kept(Path(at["back"]))
+    for key, value in end.items():
+        torch.testing.assert_close(back[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert "synchronised every 2 steps" in answers[3]["refused"]
 
 
 def split(widths: dict[str, tuple[int, ...]], tiers: bool = False) -> Plan:

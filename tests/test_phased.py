@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +90,21 @@ def test_tables_move_while_the_training_runs(optimizer: str, kinds: tuple[tuple[
         expected = [total + size for total, size in zip(expected, sizes, strict=True)]
     assert [rank["received"] for rank in found] == expected
     assert min(expected) > 0
+
+
+def test_a_training_in_phases_is_saved_and_resumed(tmp_path: Path) -> None:
+    """Within a phase and where one ends, between shardings; units that left are kept, and at last all are in use."""
+    plan, then = moving(KINDS, "adagrad"), moving(KINDS[::-1], "adagrad")
+    arguments = {"plan": plan.to_dict(), "then": then.to_dict(), "flat": flat(KINDS[1], "adagrad").to_dict()}
+    found = launch(
+        "tests.growth_ranks:resumed", 2, arguments | {"folder": str(tmp_path), "stops": [4, 6]}, timeout=240
+    )
+    reference = growth_ranks.alone(plan)
+    for rank in found:
+        assert rank["same"]
+        assert set(rank["weights"]) == set(reference)
+        for name, value in rank["weights"].items():
+            assert_close(torch.tensor(value), reference[name], rtol=2e-5, atol=2e-6, msg=name)
 
 
 def test_a_phase_may_send_narrower_vectors() -> None:

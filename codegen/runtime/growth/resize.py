@@ -73,6 +73,7 @@ class Resizer:
                 if width != layer.units:
                     raise InputError(f"layer {name!r} has {width} units where the plan has {layer.units}")
         self.kept = [torch.arange(layer.units) for layer in layers]
+        self._used: dict[str, Tensor] = {}
         self.stores = {
             name: {key: _Store(p.detach().clone()) for key, p in module.named_parameters()}
             for name, module in self.modules.items()
@@ -101,6 +102,42 @@ class Resizer:
             for name in self.layers[i].consumers if len(back) and not self.recover else ():
                 self.stores[name]["weight"].renew(back, self.kept[i])
         self.kept = list(kept)
+        self._take()
+
+    def whole(self) -> dict[str, Tensor]:
+        """Parameters and optimizer state at full size, removed units with what they left with.
+
+        ``PATH`` and ``optimizer/PATH/SLOT`` as in checkpoints, and ``growth/LAYER`` the units in use of each layer that is
+        not whole. Writing into them takes effect with :meth:`restore`.
+        """
+        self._write_back()
+        found: dict[str, Tensor] = {}
+        for name, stores in self.stores.items():
+            for key, store in stores.items():
+                found[f"{name}.{key}"] = store.value
+                found |= {f"optimizer/{name}.{key}/{slot}": state for slot, state in store.state.items()}
+        self._used = {
+            layer.producer: torch.zeros(layer.units, dtype=torch.uint8).index_fill_(0, kept.cpu(), 1)
+            for layer, kept in zip(self.layers, self.kept, strict=True)
+            if len(kept) < layer.units
+        }
+        return found | {f"growth/{name}": used for name, used in self._used.items()}
+
+    def restore(self) -> None:
+        """Take up what was written into the tensors of :meth:`whole`.
+
+        Raises:
+            InputError: another number of units is in use than before.
+        """
+        for i, layer in enumerate(self.layers):
+            if layer.producer in self._used:
+                kept = self._used[layer.producer].nonzero().view(-1)
+                if len(kept) != len(self.kept[i]):
+                    raise InputError(
+                        f"layer {layer.producer!r} had {len(kept)} units in use when it was saved, and the phase has "
+                        f"{len(self.kept[i])}; go on with the growth section that it was trained with"
+                    )
+                self.kept[i] = kept
         self._take()
 
     def importance(self, layer: int) -> Tensor:
