@@ -17,33 +17,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional as F
 
 from ir.capture_embeddings import is_collection
+from ir.capture_rows import RowRules
 from ir.capture_trace import trace
 from ir.errors import InputError
 
 BATCH = -1  # one row a sample, all samples
 INVERSE = "inverse"  # the argument that the rewritten module takes after the others
-
-_POINTWISE = {
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow),
-    *(torch.add, torch.sub, torch.mul, torch.div, torch.relu, torch.sigmoid, torch.tanh, torch.exp),
-    *(torch.where, F.relu, F.gelu, F.silu, F.sigmoid, F.tanh, F.linear, F.layer_norm, F.embedding, torch.abs),
-    *("add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "exp", "abs", "float", "to_padded_dense"),
-}
-# operations along one dimension, with the position of ``dim`` and what it is when it is not given
-_ALONG: dict[Any, tuple[int, int | None]] = {
-    **dict.fromkeys((torch.cat, torch.stack), (1, 0)),
-    **dict.fromkeys((torch.softmax, F.softmax, "softmax", torch.sum, "sum", torch.mean, "mean"), (1, None)),
-}
-_PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm"}
-_MOVES = {torch.transpose: (1, 2), "transpose": (1, 2)}
-_RESHAPES = {torch.flatten, "flatten", "unsqueeze", "squeeze", torch.unsqueeze, torch.squeeze}
-_ROW_MODULES = (
-    *(nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Embedding, nn.EmbeddingBag),
-    *(nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.LeakyReLU, nn.Softplus),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +90,8 @@ class _Rewrite:
     """One walk over the graph; ``values`` holds what is known of each node (None: no samples in it)."""
 
     def __init__(self, module: fx.GraphModule, groups: dict[str, int], samples: int) -> None:
-        self.module, self.groups, self.samples = module, groups, samples
+        self.module, self.groups = module, groups
+        self.rules = RowRules(module, _shape, samples)
         self.values: dict[fx.Node, Value | None] = {}
         self.expanded: dict[fx.Node, fx.Node] = {}
         self.seen: set[str] = set()
@@ -142,7 +124,7 @@ class _Rewrite:
         if not held:
             return None
         (group, *others) = held
-        if not others and (group == BATCH or self._by_row(node, inputs)):
+        if not others and (group == BATCH or self._by_row(node)):
             return self._result(node, group, inputs)
         for source in node.all_input_nodes:
             value = self.values[source]
@@ -185,69 +167,7 @@ class _Rewrite:
                 self.expanded[source] = graph.call_function(torch.index_select, (source, 0, index))
         return self.expanded[source]
 
-    def _by_row(self, node: fx.Node, inputs: list[Value]) -> bool:
+    def _by_row(self, node: fx.Node) -> bool:
         """Does the operation treat each sample by itself, sample i of the result being that of the inputs?"""
-        jagged = any(value.kind == "jagged" for value in inputs)
-        if node.op == "call_module":
-            return self._module_by_row(self.module.get_submodule(str(node.target)))
-        if node.op == "call_function" and node.target is operator.getitem:
-            # one of several results, such as attention's output, or a slice of a tensor
-            several = _shape(node.args[0]) is None and isinstance(node.args[1], int)  # type: ignore[arg-type]
-            return jagged or several or self._slice_keeps_rows(node)
-        if node.op == "call_function" and node.target is F.embedding_bag:
-            return jagged or self._leading(node)
-        if jagged:
-            return node.target == "to_padded_dense"
-        return self._leading(node) and self._operation_by_row(node)
-
-    def _operation_by_row(self, node: fx.Node) -> bool:
-        target = node.target
-        if target in _POINTWISE or target in _RESHAPES:
-            return True  # with the shapes checked, dimension 0 is still the samples
-        if target in ("view", "reshape", torch.reshape):
-            return self._reshape_by_row(node)
-        if target in _ALONG:
-            position, missing = _ALONG[target]
-            dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", missing)
-            return self._not_samples(node, dim)
-        if target in _MOVES:
-            return all(self._not_samples(node, node.args[p]) for p in _MOVES[target] if len(node.args) > p)
-        if target in _PRODUCTS:
-            second = node.args[1]
-            assert isinstance(second, fx.Node)
-            return self.values[second] is None or len(_shape(second) or ()) >= 3
-        return target is F.scaled_dot_product_attention and not node.kwargs.get("dropout_p")
-
-    def _leading(self, node: fx.Node) -> bool:
-        """Inputs with samples and the result have them in dimension 0."""
-        shapes = [_shape(n) for n in node.all_input_nodes if self.values[n] is not None] + [_shape(node)]
-        return all(shape and shape[0] == self.samples for shape in shapes)
-
-    def _not_samples(self, node: fx.Node, dim: Any) -> bool:
-        dims = dim if isinstance(dim, tuple | list) else (dim,)
-        first = next(n for n in node.all_input_nodes if self.values[n] is not None)
-        rank = len(_shape(first) or ()) + (node.target is torch.stack)
-        return all(isinstance(d, int) and d % rank != 0 for d in dims)
-
-    def _reshape_by_row(self, node: fx.Node) -> bool:
-        sizes = node.args[1:]
-        first = sizes[0][0] if sizes and isinstance(sizes[0], tuple | list) else (sizes[0] if sizes else None)
-        return bool(first == -1) and self._leading(
-            node
-        )  # a literal batch size would not fit the distinct rows
-
-    def _slice_keeps_rows(self, node: fx.Node) -> bool:
-        index = node.args[1]
-        return isinstance(index, tuple) and index[0] == slice(None) and self._leading(node)
-
-    def _module_by_row(self, module: nn.Module) -> bool:
-        if isinstance(module, nn.Dropout):
-            return not module.training or module.p == 0
-        if isinstance(module, nn.Flatten):
-            return bool(module.start_dim >= 1)
-        if isinstance(module, nn.Softmax):
-            return module.dim is not None and module.dim > 0
-        if isinstance(module, nn.MultiheadAttention):
-            steady = not module.training or module.dropout == 0
-            return bool(module.batch_first and steady)
-        return isinstance(module, _ROW_MODULES)
+        held = {n: value.kind for n in node.all_input_nodes if (value := self.values[n]) is not None}
+        return self.rules.by_row(node, held)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from codegen.collectives import send_scheduled
 from codegen.compressed import sharders
+from codegen.dedup_compute import distinct_module
 from codegen.dense import dense_wrapper, group_plan, groups_of
 from codegen.torchrec_check import Collection, check, collections_of, locate, notes
 from codegen.torchrec_formats import set_formats
@@ -174,6 +175,7 @@ def sharded_model(
     group = process_group if process_group is not None else dist.group.WORLD
     name: Optimizer = optimizer or plan.workload.optimizer
     check_environment(plan, dist.get_world_size(group), os.environ)
+    module = distinct_module(plan, module)
     entire, plan, replicas = plan, group_plan(plan), groups_of(plan)
     groups = make_groups(replicas.groups) if replicas is not None else None
     check(plan, module, device=device, optimizer=name)

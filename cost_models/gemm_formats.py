@@ -156,10 +156,11 @@ def format_seconds(
     A training GEMM's casts and backward pass are spread as its plain backward pass is: twice the forward.
     """
     formats = {tensor.name: tensor.format for tensor in decided.tensors}
-    samples = workload.global_batch / topology.world_size
+    held, repeats = workload.global_batch / topology.world_size, workload.dedup_ops
     device, compute = topology.device, workload.compute_dtype
     made: dict[str, float] = {}
     for op in ops:
+        samples = held / repeats.get(op.name, 1.0)
         weight, activation = formats.get(f"{op.name}.weight"), formats.get(f"{op.name}.input")
         kept = formats.get(f"{op.name}.kv")
         if op.gemm is not None and weight and activation:

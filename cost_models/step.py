@@ -62,9 +62,16 @@ def dense_seconds(
 ) -> dict[str, float]:
     """Forward seconds of each dense op on one rank's samples."""
     samples = workload.global_batch / topology.world_size
-    fed = input_bytes(model.ops)
+    fed, repeats = input_bytes(model.ops), workload.dedup_ops
     return {
-        op.name: op_seconds(op, samples, fed[op.name], workload.compute_dtype, topology.device, calibration)
+        op.name: op_seconds(
+            op,
+            samples / repeats.get(op.name, 1.0),
+            fed[op.name],
+            workload.compute_dtype,
+            topology.device,
+            calibration,
+        )
         for op in model.ops
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ir.capture_embeddings import TableIndex, dtype_name, is_jagged
 from ir.capture_inputs import DEFAULT_BATCH, batch_of, bind, constants, infer, own_inputs
+from ir.capture_rows import row_features
 from ir.capture_shapes import Fact, Propagation, attribute, operator_name
 from ir.capture_trace import PlannerTracer, trace, whole
 from ir.errors import InputError
@@ -90,7 +91,14 @@ def capture(
     facts = Propagation(root, index, locations).run(graph, given)
     tables = index.tables()
     samples = batch or batch_of(given) or _looked_up(facts) or DEFAULT_BATCH
-    return Model(name, tables, _Records(root, index, facts, samples).ops(graph))
+    alone = row_features(graph, root, lambda node: _rows(facts, node), samples)
+    return Model(name, tables, _Records(root, index, facts, samples).ops(graph), alone=alone)
+
+
+def _rows(facts: Mapping[torch.fx.Node, Fact], node: torch.fx.Node) -> tuple[int, ...] | None:
+    """The shape of a node's tensor; None where it has none, or several."""
+    value = facts[node].value
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _graph(

@@ -34,6 +34,9 @@ class DedupGroup:
     expand_seconds: float  # to repeat the rows and add up their gradients, a step
     chosen: bool
     reason: str
+    # Operations of the model that read this group alone and run once a distinct row, and what that saves a step.
+    compute: tuple[str, ...] = ()
+    compute_seconds: Annotated[float, Field(ge=0)] = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,16 @@ Objective = Literal["phases", "bottleneck"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A captured model: tables and op records in graph order."""
+    """A captured model: tables and op records in graph order.
+
+    ``alone`` has the nodes whose rows each depend on one sample's ids of some features and on nothing else, by name, with
+    those features (:mod:`ir.capture_rows`).
+    """
 
     name: str
     tables: tuple[EmbeddingTable, ...]
     ops: tuple[Op, ...]
+    alone: dict[str, tuple[str, ...]] = field(default_factory=dict, kw_only=True, compare=False)
 
     @property
     def embedding_params(self) -> int:

@@ -84,6 +84,8 @@ class Workload:
     # Samples a distinct sample stands for, by feature, where the input is deduplicated before the index
     # exchange (RecD, MLSys 23); absent: 1. Filled by the dedup pass.
     dedup: dict[str, Annotated[float, Field(ge=1, le=1e6)]] = field(default_factory=dict)
+    # The same by dense operation, where it runs once a distinct sample.
+    dedup_ops: dict[str, Annotated[float, Field(ge=1, le=1e6)]] = field(default_factory=dict)
     sessions: SessionStats | None = None  # how samples repeat within a session; None: unknown
     origin: str = "defaults"  # "defaults", "file", "measured from N batches"
     llm: LlmWorkload | None = None  # for decoders, whose sample is a sequence

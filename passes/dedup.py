@@ -3,22 +3,25 @@
 A group of features that change together within a session (:mod:`ir.sessions`) is deduplicated when
 
 - its ids shrink by more than the inverse index adds (RecD's rule: more than 4 bytes a sample), and
-- the exchange and lookup it saves take longer than repeating the pooled rows afterwards.
+- the exchange, lookup and compute it saves take longer than repeating rows afterwards.
 
-Both sides are priced with the cost model of a table-wise placement, the sharding is chosen afterwards with
-the reduced traffic. Pooled rows are repeated where they arrive, after the output exchange, so that it, too,
-carries each distinct row once.
+Exchange and lookup are priced with the cost model of a table-wise placement, the sharding is chosen afterwards with
+the reduced traffic. Operations that read features of the group alone (pooling of sequences, attention over them, towers)
+run once a distinct row; rows are repeated where a value meets other inputs.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cost_models.calibration import Calibration, default_calibration
+from cost_models.compute import BACKWARD_FACTOR
 from cost_models.dedup import dedupe_factor, expand_seconds
 from cost_models.embedding import LENGTH_BYTES, unit_seconds
+from cost_models.step import dense_seconds
 from ir.dedup import DedupGroup, DedupPlan, DedupRequest
 from ir.ops import EmbeddingTable
 from ir.program import Program
@@ -57,9 +60,10 @@ class Dedup:
                 )
         section = DedupPlan(sessions.samples_per_session, tuple(groups))
         factors = {feature: group.factor for group in section.chosen for feature in group.features}
+        repeats = {op: group.factor for group in section.chosen for op in group.compute}
         return replace(
             program,
-            workload=replace(program.workload, dedup=factors),
+            workload=replace(program.workload, dedup=factors, dedup_ops=repeats),
             decisions=replace(program.decisions, dedup=section),
         )
 
@@ -75,20 +79,65 @@ def _decide(program: Program, group: SessionGroup, size: float, calibration: Cal
     inverse = samples * INVERSE_BYTES
     before = _seconds(program, tables, {}, calibration)
     after = _seconds(program, tables, dict.fromkeys(group.features, factor), calibration)
-    columns = sum(t.dim * len(wanted & set(t.features)) for t in tables if t.pooling != "none")
-    expand = expand_seconds(samples, columns, factor, topology, workload, calibration, train=train)
     saved = before - after
+    compute = _compute(program, wanted)
+    spared = _spared(program, compute, factor, calibration)
+    if spared <= 0:  # nothing but the reading of vectors, which TorchRec repeats as well
+        compute = ()
+    columns = _repeated(program, tables, wanted, compute)
+    expand = expand_seconds(samples, columns, factor, topology, workload, calibration, train=train)
     if saved_bytes <= inverse:
         reason = f"ids shrink by {format_bytes(saved_bytes)}, less than the inverse index of {format_bytes(inverse)}"
-    elif saved <= expand:
-        reason = f"saves {format_seconds(saved)} of exchange and lookup, repeating rows costs {format_seconds(expand)}"
+    elif saved + spared <= expand:
+        reason = (
+            f"saves {format_seconds(saved + spared)} of exchange, lookup and compute, repeating rows costs "
+            f"{format_seconds(expand)}"
+        )
     else:
         reason = (
             f"{factor:.2f} samples a distinct row: {format_bytes(saved_bytes - inverse)} less to carry and "
-            f"{format_seconds(saved - expand)} less a step"
+            f"{format_seconds(saved + spared - expand)} less a step"
         )
-    chosen = saved_bytes > inverse and saved > expand
-    return DedupGroup(group.features, factor, saved_bytes, inverse, saved, expand, chosen, reason)
+    chosen = saved_bytes > inverse and saved + spared > expand
+    return DedupGroup(
+        group.features, factor, saved_bytes, inverse, saved, expand, chosen, reason, compute, max(0.0, spared)
+    )
+
+
+def _compute(program: Program, features: set[str]) -> tuple[str, ...]:
+    """The operations that run once a distinct row: those that read features of the group alone.
+
+    Only TorchRec's own exchange hands out distinct rows, so none where another runtime is asked for.
+    """
+    asked = program.options.constraints
+    if asked.towers is not None or asked.tiers is not None or asked.compression is not None:
+        return ()
+    return tuple(name for name, read in program.model.alone.items() if features.issuperset(read))
+
+
+def _repeated(
+    program: Program, tables: list[EmbeddingTable], features: set[str], compute: tuple[str, ...]
+) -> int:
+    """Columns of the rows that are repeated: what leaves the operations on distinct rows, and the vectors of the rest."""
+    inside = set(compute)
+    read = {f for name in compute for f in program.model.alone[name]}
+    leaving = {
+        name for op in program.model.ops if op.name not in inside for name in op.inputs if name in inside
+    }
+    widths = [math.prod(op.out_shape[1:]) for op in program.model.ops if op.name in leaving]
+    rest = [t.dim * len((features - read) & set(t.features)) for t in tables if t.pooling != "none"]
+    return sum(widths) + sum(rest)
+
+
+def _spared(program: Program, compute: tuple[str, ...], factor: float, calibration: Calibration) -> float:
+    """Seconds a step of those operations on all samples, less those on distinct rows."""
+    whole = replace(program.workload, dedup_ops={})
+    fewer = replace(program.workload, dedup_ops=dict.fromkeys(compute, factor))
+    before, after = (
+        dense_seconds(program.model, program.topology, workload, calibration) for workload in (whole, fewer)
+    )
+    ways = 1 + (BACKWARD_FACTOR if program.options.mode == "train" else 0)
+    return ways * sum(before[name] - after[name] for name in compute if name in before)
 
 
 def _seconds(

@@ -16,7 +16,9 @@ def render_dedup(plan: Plan) -> RenderableType:
     """Each feature group: factor, what it saves and costs, verdict."""
     section = plan.decisions.dedup
     assert section is not None
-    table = grid("features", ">factor", ">ids saved", ">time saved", ">expand", "decision", "why")
+    table = grid(
+        "features", ">factor", ">ids saved", ">time saved", ">of compute", ">expand", "decision", "why"
+    )
     for group in section.groups:
         more = len(group.features) - SHOWN
         table.add_row(
@@ -24,6 +26,7 @@ def render_dedup(plan: Plan) -> RenderableType:
             f"{group.factor:.2f}",
             format_bytes(group.index_bytes_saved),
             format_seconds(group.seconds_saved),
+            f"{format_seconds(group.compute_seconds)} ({len(group.compute)} ops)" if group.compute else "",
             format_seconds(group.expand_seconds),
             "deduplicate" if group.chosen else "keep",
             group.reason,

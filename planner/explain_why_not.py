@@ -181,7 +181,7 @@ def _forced(
     return compile(
         model,
         plan.topology,
-        replace(plan.workload, dedup={}),
+        replace(plan.workload, dedup={}, dedup_ops={}),
         mode=plan.mode,
         constraints=_with_type(limits, table.name, kind),
         passes=passes,

@@ -91,7 +91,7 @@ def replan(
     if not left:
         raise InputError("no rank is left; start again with planner compile")
     survivors = tuple((left + [-1] * machine.world_size)[: machine.world_size])
-    fed = workload or replace(plan.workload, dedup={})
+    fed = workload or replace(plan.workload, dedup={}, dedup_ops={})
     limits = constraints or plan.constraints
     captured = grown_model(plan, model)
     found, refused = [], None

@@ -88,7 +88,7 @@ def memory_sweep(
             made = compile(
                 captured,
                 plan.topology,
-                replace(plan.workload, dedup={}),
+                replace(plan.workload, dedup={}, dedup_ops={}),
                 mode=plan.mode,
                 constraints=replace(plan.constraints, memory_limit=limit),
                 time_limit=time_limit,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -52,6 +53,105 @@ def batch(seed: int) -> tuple[torch.Tensor, KeyedJaggedTensor, torch.Tensor, np.
     dense = torch.from_numpy(random.standard_normal((BATCH, 3)).astype(np.float32))
     labels = torch.from_numpy(random.integers(0, 2, BATCH).astype(np.float32))
     return dense, jagged, labels, sessions
+
+
+class Ranker(nn.Module):
+    """Self-attention over a history, an MLP over it and a profile, then an item: three features of two groups."""
+
+    def __init__(self) -> None:
+        from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
+
+        super().__init__()
+        self.histories = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(name="h", num_embeddings=ROWS, embedding_dim=DIM, feature_names=["history"])
+            ]
+        )
+        self.bags = EmbeddingBagCollection(
+            tables=[
+                EmbeddingBagConfig(name=name[0], num_embeddings=ROWS, embedding_dim=DIM, feature_names=[name])
+                for name in ("profile", "item")
+            ]
+        )
+        self.attention = nn.MultiheadAttention(DIM, 2, batch_first=True)
+        self.user = nn.Sequential(nn.Linear(2 * DIM, 32), nn.ReLU(), nn.Linear(32, DIM))
+        self.top = nn.Linear(2 * DIM + 3, 1)
+        self.rows_seen: list[int] = []
+        self.attention.register_forward_hook(lambda _m, i, _o: self.rows_seen.append(len(i[0])))
+
+    def forward(self, dense: torch.Tensor, ids: Any) -> torch.Tensor:
+        sequence = self.histories(ids)["history"].to_padded_dense(4)
+        attended = self.attention(sequence, sequence, sequence)[0].sum(1)
+        pooled = self.bags(ids)
+        user = self.user(torch.cat([attended, pooled["profile"]], 1))
+        return self.top(torch.cat([user, pooled["item"], dense], 1)).squeeze(-1)
+
+    def example_inputs(self, samples: int) -> tuple[torch.Tensor, KeyedJaggedTensor]:
+        return torch.zeros(samples, 3), KeyedJaggedTensor(
+            keys=["history", "profile", "item"],
+            values=torch.zeros(3 * samples, dtype=torch.int64),
+            lengths=torch.ones(3 * samples, dtype=torch.int32),
+        )
+
+
+def ranker() -> Ranker:
+    """The same on every rank."""
+    torch.manual_seed(1)
+    return Ranker()
+
+
+def compute(place: Rank, plan: dict[str, Any], first: bool) -> dict[str, float]:
+    """Steps of a plan that computes on distinct rows, beside the unsharded model; ``first``: deduplicate in the loader."""
+    decided = planner.Plan.from_dict(plan)
+    sharded, alone = decided.apply(ranker(), torch.distributed.group.WORLD, **SETTINGS), ranker()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=SETTINGS["lr"])  # type: ignore[arg-type]
+    worst, seen = 0.0, 0
+    for step in range(STEPS):
+        parts = [_renamed(batch(100 * step + rank)) for rank in range(place.world_size)]
+        dense, jagged, labels, _ = parts[place.rank]
+        found = sharded(dense, deduplicator(decided)(jagged) if first else jagged)
+        sharded.zero_grad()
+        F.binary_cross_entropy_with_logits(found, labels).backward()
+        sharded.step()
+        outputs = [alone(part[0], part[1]) for part in parts]
+        worst = max(worst, float((outputs[place.rank] - found).detach().abs().max()))
+        optimizer.zero_grad()
+        losses = [F.binary_cross_entropy_with_logits(o, p[2]) for o, p in zip(outputs, parts, strict=True)]
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        both = zip(jagged["history"].to_dense(), jagged["profile"].to_dense(), strict=True)
+        seen = max(seen, len({(tuple(h.tolist()), tuple(p.tolist())) for h, p in both}))
+    weights, state = whole_weights(sharded.module), alone.state_dict()
+    inside = sharded.module.module.get_submodule("attention")
+    return {
+        "outputs": worst,
+        "weights": max(float((weights[name] - value).abs().max()) for name, value in state.items()),
+        "most_distinct": seen,
+        "attended": max(_rows_seen(inside)),
+    }
+
+
+def _rows_seen(module: Any) -> list[int]:
+    """What the hook of :class:`Ranker` noted: hooks travel with the module, wherever it is."""
+    (hook,) = module._forward_hooks.values()
+    found: list[int] = hook.__closure__[0].cell_contents.rows_seen
+    return found
+
+
+def _renamed(made: Any) -> Any:
+    dense, jagged, labels, sessions = made
+    split = jagged.to_dict()
+    names = {"history": "f0", "profile": "f1", "item": "f3"}
+    return (
+        dense,
+        KeyedJaggedTensor(
+            keys=list(names),
+            values=torch.cat([split[old].values() for old in names.values()]),
+            lengths=torch.cat([split[old].lengths() for old in names.values()]),
+        ),
+        labels,
+        sessions,
+    )
 
 
 def train(place: Rank, types: list[Any]) -> dict[str, float]:
