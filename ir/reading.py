@@ -7,8 +7,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -26,6 +27,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Record = TypeVar("Record")
 
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+_FIELDS: dict[Any, dict[str, TypeAdapter[Any]]] = {}
+_FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def adapter(cls: type[Record]) -> TypeAdapter[Record]:
@@ -48,6 +51,34 @@ def parse_record(cls: type[Record], data: object, what: str) -> Record:
         raise InputError(f"{what}: {_explain(error)}") from None
     except RecursionError:
         raise InputError(f"{what} is nested too deeply to be read") from None
+
+
+def check_fields(record: object) -> None:
+    """Hold a record made in Python to what is read from files: each field is parsed as there, in place.
+
+    For ``__post_init__``. Records inside it have checked themselves.
+
+    Raises:
+        InputError: names the record and the field.
+    """
+    cls = type(record)
+    if cls not in _FIELDS:
+        hints = get_type_hints(cls, include_extras=True)
+        _FIELDS[cls] = {
+            entry.name: TypeAdapter(
+                hints[entry.name], config=None if is_dataclass(hints[entry.name]) else _FINITE
+            )
+            for entry in fields(record)  # type: ignore[arg-type]
+        }
+    for name, one in _FIELDS[cls].items():
+        try:
+            object.__setattr__(record, name, one.validate_python(getattr(record, name)))
+        except ValidationError as error:
+            called = getattr(record, "name", "")
+            which = (
+                f"{cls.__name__} {clipped(called)!r}" if isinstance(called, str) and called else cls.__name__
+            )
+            raise InputError(f"{which}: {name}: {_explain(error).removeprefix('top level: ')}") from None
 
 
 def dump_record(record: object) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A :class:`Topology` is symmetric: ``levels`` lists the levels from the inside ou
 host), each with its fan-out and the link by which its members talk to each other. World size is the
 product of the fan-outs, and rank ``r`` sits in host ``r // host_size``.
 
-Units: bytes, seconds, FLOP/s; every bandwidth is per direction, and a link's bandwidth is what one
+Units: bytes, seconds, FLOP/s, or text such as ``"80 GiB"`` and ``"400 Gbps"``; what cannot be (no capacity, a negative
+bandwidth, NaN) is an InputError wherever a noun is made. Every bandwidth is per direction; a link's is what one
 device can send through it. Peaks are data-sheet figures; how much of a peak a kernel reaches is a
 constant of the cost models, not of the topology.
 """
@@ -18,7 +19,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from ir.reading import STRICT, digest, dump_record, parse_record
+from ir.reading import STRICT, check_fields, digest, dump_record, parse_record
 from ir.units import format_bandwidth, format_bytes, parse_bandwidth, parse_bytes, parse_flops, parse_seconds
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
@@ -48,6 +49,9 @@ class MemoryTier:
     source: str = ""
     processors: Annotated[int, Field(ge=1)] | None = None  # in the memory, which pool rows where they lie
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Link:
@@ -59,6 +63,9 @@ class Link:
     bandwidth: Bandwidth  # bytes/s, one device, one direction
     latency: Seconds = 0.0  # seconds for a message of zero bytes
     source: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,9 @@ class Device:
     tiers: Annotated[tuple[MemoryTier, ...], Field(min_length=1)]  # fastest first
     source: str = ""
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -83,6 +93,9 @@ class Level:
     name: Name  # "host", "pod", "cluster"
     fanout: Annotated[int, Field(ge=1, le=1_000_000)]
     link: Link
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 MAX_RANKS = 1_000_000  # ten times the largest cluster; plans list every rank
@@ -111,6 +124,9 @@ class Topology:
     levels: Annotated[tuple[Level, ...], Field(min_length=1, max_length=4), AfterValidator(_countable)]
     host_tiers: tuple[MemoryTier, ...] = ()  # shared by all devices of one host
     notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def world_size(self) -> int:

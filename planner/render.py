@@ -177,8 +177,9 @@ def timeline_chart(timeline: Timeline, width: int = 52) -> RenderableType:
 
 
 def _bar(event: Event, step: float, width: int) -> Text:
-    start = min(width - 1, int(event.start / step * width))
-    length = max(1, min(width - start, round(event.duration / step * width)))
+    whole = max(step, event.start + event.duration)  # a plan that was edited may claim a shorter step
+    start = min(width - 1, int(event.start / whole * width))
+    length = max(1, min(width - start, round(event.duration / whole * width)))
     mark = "#" if event.critical else "="
     return Text(" " * start + mark * length, style="bold" if event.critical else "dim")
 

@@ -91,6 +91,9 @@ def _arithmetic(plan: Plan, made: Parallelism, fed: LlmWorkload) -> Iterator[str
     flops = (6 * plan.model.dense_params + attended) * fed.global_tokens
     if abs(flops - made.flops) > _CLOSE * flops:
         yield f"a step has {flops:.6g} model FLOP, the plan says {made.flops:.6g}"
+    if step <= 0:
+        yield "a step takes no time, and its matrix products take some"
+        return
     rate = flops / step / plan.world_size / 1e12
     if abs(rate - made.tflops) > _CLOSE * rate:
         yield f"{flops:.6g} FLOP in {step} s are {rate:.2f} TFLOP/s a device, the plan says {made.tflops:.2f}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import yaml
 
 import planner
 from ir.errors import InputError
-from ir.topology import Topology
+from ir.topology import Device, Level, Link, MemoryTier, Topology
 
 
 def test_the_tree() -> None:
@@ -70,3 +73,32 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     bad.write_text("- 1")
     with pytest.raises(InputError, match="topology"):
         planner.topology(str(bad))
+
+
+TIER = MemoryTier("hbm", 2**34, 1e12, 1e12)
+LINK = Link("nvlink4", 4.5e11)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MemoryTier("hbm", 0, 1e12, 1e12), "MemoryTier 'hbm': capacity: .*greater than 0"),
+        (lambda: replace(TIER, read_bandwidth=-1.0), "MemoryTier 'hbm': read_bandwidth: .*greater than 0"),
+        (lambda: replace(TIER, iops=math.inf), "MemoryTier 'hbm': iops: .*finite"),
+        (lambda: replace(LINK, bandwidth=math.nan), "Link 'nvlink4': bandwidth: .*finite"),
+        (lambda: replace(LINK, latency=-1e-6), "Link 'nvlink4': latency"),
+        (lambda: Level("host", 0, LINK), "Level 'host': fanout"),
+        (lambda: Level("host", 8, "nvlink4"), "Level 'host': link"),  # type: ignore[arg-type]
+        (lambda: Device("card", "gpu", {"fp32": 0.0}, (TIER,)), "Device 'card': flops: fp32"),
+        (lambda: Device("card", "gpu", {"fp32": 1e12}, ()), "Device 'card': tiers: too few"),
+        (lambda: replace(planner.topology("h100-2x8"), levels=()), "Topology 'h100-2x8': levels: too few"),
+    ],
+)
+def test_nouns_made_in_python_are_held_to_what_files_are(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_nouns_made_in_python_take_units() -> None:
+    assert Link("ib", "400 Gbps").bandwidth == 5e10  # type: ignore[arg-type]
+    assert MemoryTier("hbm", "80 GiB", "3 TB/s", 3e12).capacity == 80 * 2**30  # type: ignore[arg-type]
