@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from codegen.checkpoint_state import model_state
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_OPERANDS = ("weight", "activation")
+
+
 class PhasedModel:
     """``module`` on the ranks of a process group, phase by phase; train it as a :class:`ShardedModel`::
 
@@ -30,9 +34,9 @@ class PhasedModel:
             loss(model(...)).backward()
             model.step()
 
-    When a phase begins, hidden layers resize with the state of their optimizer. Where the phase shards tables otherwise, or
-    sends vectors in another type, rows and their optimizer state go from the ranks that hold them to those that will; both
-    placements are in memory at that moment.
+    When a phase begins, hidden layers resize with the state of their optimizer, and linear layers compute in its format.
+    Where the phase shards tables otherwise, or sends vectors in another type, rows and their optimizer state go from the
+    ranks that hold them to those that will; both placements are in memory at that moment.
 
     Args:
         plan: with a growth section.
@@ -60,6 +64,7 @@ class PhasedModel:
         self.plan, self.section, self.kwargs = plan, section, kwargs
         self.group = process_group if process_group is not None else dist.group.WORLD
         self.received = 0  # bytes that this rank got from others when phases began
+        self._formats = _LayerFormats(plan, module)
         self._bare = {c.path: copy.deepcopy(c.module).to("meta") for c in collections_of(module)}
         self._sharded = self._shard(module, 0)
         self._phases = PhasedTraining(section, self._sharded.module.module, self._dense(), recover=recover)
@@ -102,6 +107,7 @@ class PhasedModel:
         if not self._phases.begin_step(step):
             return False
         now = self.section.phases[self._phases.phase]
+        self._formats.enter(self._phases.phase)
         if (now.sharding, now.exchange_dtype) == (before.sharding, before.exchange_dtype):
             self._wrap_anew()
         else:
@@ -125,7 +131,8 @@ class PhasedModel:
         self._wrap_anew()
 
     def _shard(self, module: nn.Module, phase: int) -> ShardedModel:
-        return sharded_model(phase_plan(self.plan, phase), module, self.group, **self.kwargs)
+        plan = self._formats.left_out(phase_plan(self.plan, phase))
+        return sharded_model(plan, module, self.group, **self.kwargs)
 
     def _dense(self) -> torch.optim.Optimizer:
         """The optimizer that holds the layers that resize."""
@@ -169,6 +176,51 @@ class PhasedModel:
         return {
             key: value for key, value in state.items() if key.removeprefix("optimizer/").startswith(tables)
         }
+
+
+class _LayerFormats:
+    """What the linear layers of a model compute in, phase by phase. They stay the same modules, for those who resize them.
+
+    Layers of a phase with a format of its own compute in it both ways; otherwise as the plan's formats say.
+    """
+
+    def __init__(self, plan: Plan, module: nn.Module) -> None:
+        from codegen.formats import sites
+        from codegen.runtime.format_modules import FormatLinear, GemmFormats, replace_modules
+
+        assert plan.decisions.growth is not None
+        self.phases = [phase.gemm_format for phase in plan.decisions.growth.phases]
+        decided = plan.decisions.formats
+        chosen = {} if decided is None else {t.name: t.format for t in decided.tensors if t.kind in _OPERANDS}
+        self.layers: dict[str, Any] = {}
+        if not any(self.phases) and set(chosen.values()) <= {"fp32"}:
+            return
+        for site in sites(module).values():
+            if site.kind == "weight":
+                source: Any = module.get_submodule(site.path)
+                narrow = [
+                    chosen.get(site.name.replace(".weight", end), "fp32") for end in (".weight", ".input")
+                ]
+                self.layers[site.path] = FormatLinear.of(source, GemmFormats(*narrow))
+        self.own = {path: layer.formats for path, layer in self.layers.items()}
+        replace_modules(module, self.layers)
+        self.enter(0)
+
+    def enter(self, phase: int) -> None:
+        """Compute as the phase says."""
+        from codegen.runtime.format_modules import GemmFormats
+
+        format = self.phases[phase]
+        for path, layer in self.layers.items():
+            layer.formats = self.own[path] if format is None else GemmFormats(format, format, format)
+
+    def left_out(self, plan: Plan) -> Plan:
+        """The plan without formats of layers, which would be put in anew."""
+        decided = plan.decisions.formats
+        if decided is None:
+            return plan
+        rest = tuple(tensor for tensor in decided.tensors if tensor.kind not in _OPERANDS)
+        return replace(plan, decisions=replace(plan.decisions, formats=replace(decided, tensors=rest)))
 
 
 def _refuse(plan: Plan, optimizer: str) -> None:

@@ -1,7 +1,7 @@
 """Alternate growth and pruning: what is asked, and the phases that are decided.
 
 Training starts at full size, alternates between pruned and regrown hidden layers, and ends at full size.
-A phase fixes how many hidden units each layer keeps, how tables are sharded and what travels.
+A phase fixes how many hidden units each layer keeps, how tables are sharded, what travels and what linear layers compute in.
 The schedule is this project's own; the idea is of "Alternate Model Growth and Pruning for Efficient
 Training of Recommendation Systems" (arXiv 2105.01064), whose abstract states no schedule.
 """
@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+from ir.format_plan import FormatId
 from ir.reading import STRICT
 from ir.workload import ExchangeType
 
@@ -40,6 +41,9 @@ class GrowthRequest:
     multiple: Annotated[int, Field(ge=1)] = 8  # units kept are a multiple of it: vector and tile widths
     exclude: tuple[str, ...] = ()  # globs of modules that keep their width
     exchange_dtypes: tuple[ExchangeType, ...] = ()  # also allowed on the wire before the final phase
+    gemm_formats: tuple[
+        FormatId, ...
+    ] = ()  # also allowed for operands of linear layers before the final phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,7 @@ class GrowthPhase:
     step_seconds: Annotated[float, Field(ge=0)]
     memory: Annotated[int, Field(ge=0)]  # bytes on the fullest rank
     exchange_dtype: ExchangeType
+    gemm_format: FormatId | None = None  # of all linear layers' operands and gradients; None: the plan's own
     sharding: Annotated[int, Field(ge=0)] = 0  # of the section's shardings; 0 is the plan's own
     move_bytes: Annotated[int, Field(ge=0)] = 0  # table rows and state into the rank that receives most
     move_seconds: Annotated[float, Field(ge=0)] = 0.0  # before the phase: tables, and the dense resizing

@@ -107,10 +107,11 @@ def _decide(program: Program, group: SessionGroup, size: float, calibration: Cal
 def _compute(program: Program, features: set[str]) -> tuple[str, ...]:
     """The operations that run once a distinct row: those that read features of the group alone.
 
-    Only TorchRec's own exchange hands out distinct rows, so none where another runtime is asked for.
+    Only TorchRec's own exchange hands out distinct rows, so none where another runtime is asked for, nor where layers
+    resize while training.
     """
     asked = program.options.constraints
-    if asked.towers is not None or asked.tiers is not None or asked.compression is not None:
+    if any(other is not None for other in (asked.towers, asked.tiers, asked.compression, asked.growth)):
         return ()
     return tuple(name for name, read in program.model.alone.items() if features.issuperset(read))
 

@@ -16,7 +16,16 @@ def render_growth(plan: Plan) -> RenderableType:
     assert section is not None
     units = sum(layer.units for layer in section.layers)
     table = grid(
-        "phase", ">steps", ">hidden units", ">FLOP", ">step", ">memory", "exchange", "tables", ">to begin"
+        "phase",
+        ">steps",
+        ">hidden units",
+        ">FLOP",
+        ">step",
+        ">memory",
+        "exchange",
+        "GEMMs",
+        "tables",
+        ">to begin",
     )
     for phase in section.phases:
         moved = len(section.shardings[phase.sharding - 1]) if phase.sharding else 0
@@ -28,6 +37,7 @@ def render_growth(plan: Plan) -> RenderableType:
             format_seconds(phase.step_seconds),
             format_bytes(phase.memory),
             phase.exchange_dtype,
+            phase.gemm_format or "as planned",
             f"{moved} elsewhere" if moved else "as planned",
             format_seconds(phase.move_seconds) if phase.move_seconds else "-",
         )
@@ -38,8 +48,8 @@ def render_growth(plan: Plan) -> RenderableType:
     )
     gained = section.fixed_seconds - section.seconds
     note = (
-        f"phases with their own sharding or exchange type gain {format_seconds(gained)}, moves paid"
+        f"phases with their own sharding or types gain {format_seconds(gained)}, moves paid"
         if gained > 0
-        else "no phase gains from a sharding or an exchange type of its own"
+        else "no phase gains from a sharding or types of its own"
     )
     return Group(Text(head, style="bold"), table, Text(note, style="dim"))

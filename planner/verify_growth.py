@@ -26,6 +26,8 @@ def check_growth(plan: Plan) -> Iterator[str]:
         yield "the last phase is not at full size"
     if last.exchange_dtype != plan.workload.exchange_dtype:
         yield f"the last phase exchanges {last.exchange_dtype}, the workload {plan.workload.exchange_dtype}"
+    if last.gemm_format is not None:
+        yield f"linear layers of the last phase compute in {last.gemm_format}, which is not the plan's own format"
     yield from _shardings(plan, section)
     yield from _fits(plan, section)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from codegen.checkpoint import load_checkpoint, save_checkpoint
 from codegen.phased import PhasedModel
 from codegen.runtime.batches import Batch
+from codegen.runtime.format_modules import FormatLinear, GemmFormats, replace_modules
 from codegen.runtime.gather import whole_weights
 from codegen.runtime.growth.phases import PhasedTraining
 from codegen.runtime.launch import Rank
@@ -105,9 +106,16 @@ def alone(plan: Plan) -> dict[str, torch.Tensor]:
     rest = [p for name, p in module.named_parameters() if "embedding_bags" not in name]
     of_tables = make_optimizer(plan.workload.optimizer, tables, LR, eps=EPS)
     of_rest = make_optimizer("adagrad", rest, LR, eps=EPS)
+    layers = {path: m for path, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
+    narrow = {path: FormatLinear.of(layer, GemmFormats()) for path, layer in layers.items()}
+    if any(phase.gemm_format for phase in growth.phases):
+        replace_modules(module, narrow)
     phases = PhasedTraining(growth, module, of_rest)
     for step in range(growth.steps):
         phases.begin_step(step)
+        format = growth.phases[phases.phase].gemm_format
+        for layer in narrow.values():
+            layer.formats = GemmFormats(format, format, format) if format else GemmFormats()
         whole = batch(plan, step)
         of_tables.zero_grad()
         of_rest.zero_grad()

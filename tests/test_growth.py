@@ -18,7 +18,7 @@ from codegen.growth import phase_plan
 from cost_models.growth import cheapest_path, move_bytes, prunable_layers, shrunk
 from ir.capture import capture
 from ir.constraints import Constraints
-from ir.errors import InputError
+from ir.errors import InfeasibleError, InputError
 from ir.growth import GrowthRequest, kept_units, schedule
 from ir.workload import Workload
 from planner.explain import explain_plan
@@ -204,6 +204,30 @@ def test_the_plan_keeps_the_section_and_explains_it() -> None:
     assert any("not at full size" in fault for finding in faults for fault in finding.faults)
     with pytest.raises(InputError, match=r"phases 0\.\."):
         phase_plan(plan, 99)
+
+
+def test_a_phase_gets_its_own_format_of_gemms_where_a_kernel_reads_it_and_it_pays() -> None:
+    from planner.growth_render import render_growth
+
+    plan = compiled(gemm_formats=("fp8_tensor",))
+    growth: Any = plan.decisions.growth
+    assert growth.phases[-1].gemm_format is None
+    assert "fp8_tensor" in {phase.gemm_format for phase in growth.phases[:-1]}
+    assert growth.seconds < growth.fixed_seconds
+    assert planner.Plan.from_dict(plan.to_dict()).decisions.growth == growth
+    assert all(finding.ok for finding in verify(plan))
+    assert "fp8_tensor" in to_text(render_growth(plan), width=160)
+    # a phase takes the format only where its step is shorter so
+    wide: Any = compiled().decisions.growth
+    for narrow, plain in zip(growth.phases, wide.phases, strict=True):
+        assert narrow.step_seconds <= plain.step_seconds
+        assert (narrow.gemm_format is None) == (narrow.step_seconds == plain.step_seconds)
+    last = replace(growth.phases[-1], gemm_format="fp8_tensor")
+    broken = replace(growth, phases=(*growth.phases[:-1], last))
+    faults = verify(replace(plan, decisions=replace(plan.decisions, growth=broken)))
+    assert any("not the plan's own format" in fault for finding in faults for fault in finding.faults)
+    with pytest.raises(InfeasibleError, match="has no kernel"):
+        compiled(gemm_formats=("mx9",))
 
 
 def test_a_phase_gets_its_own_sharding_where_memory_lets_it_and_the_move_pays() -> None:

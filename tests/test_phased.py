@@ -45,7 +45,12 @@ def flat(kinds: tuple[str, ...], optimizer: str, ranks: int = 2, growth: bool = 
     )
 
 
-def moving(kinds: tuple[tuple[str, ...], ...], optimizer: str, wire: tuple[str, ...] = ()) -> Plan:
+def moving(
+    kinds: tuple[tuple[str, ...], ...],
+    optimizer: str,
+    wire: tuple[str, ...] = (),
+    gemms: tuple[str | None, ...] = (),
+) -> Plan:
     """A plan whose phases take the shardings of ``kinds`` in turn, and end with its own."""
     own = flat(kinds[0], optimizer, growth=True)
     others = [flat(k, optimizer).table_plans for k in kinds[1:]]
@@ -57,12 +62,13 @@ def moving(kinds: tuple[tuple[str, ...], ...], optimizer: str, wire: tuple[str, 
     numbers = [0, *range(1, len(kinds)), 0]
     sizes = [half, *[some] * (len(numbers) - 2), full]
     types = [*wire, *["fp32"] * len(numbers)]
+    formats = [*gemms, *[None] * len(numbers)]
 
-    def phase(kept: tuple[int, ...], number: int, dtype: Any) -> GrowthPhase:
+    def phase(kept: tuple[int, ...], number: int, dtype: Any, format: str | None) -> GrowthPhase:
         kind: Any = "full" if kept == full else "pruned"
-        return GrowthPhase(kind, STEPS, kept, 1.0, 1.0, 1, dtype, number)
+        return GrowthPhase(kind, STEPS, kept, 1.0, 1.0, 1, dtype, format, number)
 
-    phases = tuple(phase(*one) for one in zip(sizes, numbers, types, strict=False))
+    phases = tuple(phase(*one) for one in zip(sizes, numbers, types, formats, strict=False))
     moved = tuple(difference(own.table_plans, other) for other in others)
     return growth_ranks.with_phases(own, Growth(section.layers, phases, moved))
 
@@ -119,6 +125,22 @@ def test_a_phase_may_send_narrower_vectors() -> None:
         for name, value in half["weights"].items()
     ]
     assert 0 < max(apart) < 1e-4
+
+
+def test_layers_of_a_phase_compute_in_its_format_while_tables_move() -> None:
+    """bf16 in the pruned phase and MX9 in the next: nearer to the unsharded model in them than that is to float32."""
+    plan = moving(KINDS[:2], "adagrad", gemms=("bf16", "mx9"))
+    found = launch("tests.growth_ranks:phased", 2, {"plan": plan.to_dict()}, timeout=240)
+    reference, wide = growth_ranks.alone(plan), growth_ranks.alone(moving(KINDS[:2], "adagrad"))
+    apart, effect = 0.0, 0.0
+    for name, value in found[0]["weights"].items():
+        assert_close(
+            torch.tensor(found[1]["weights"][name]), torch.tensor(value), rtol=1e-6, atol=1e-7, msg=name
+        )
+        apart = max(apart, float((torch.tensor(value) - reference[name]).abs().max()))
+        effect = max(effect, float((wide[name] - reference[name]).abs().max()))
+    assert effect > 1e-4
+    assert apart < effect / 5  # sums in another order are rounded to another neighbour now and then
 
 
 def test_what_cannot_be_resized_is_refused() -> None:
