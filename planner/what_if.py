@@ -92,7 +92,9 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
     """
     from planner.api import compile
 
-    changed = change(Inputs(plan.topology, replace(plan.workload, dedup={}, dedup_ops={}), plan.constraints), settings)
+    changed = change(
+        Inputs(plan.topology, replace(plan.workload, dedup={}, dedup_ops={}), plan.constraints), settings
+    )
     captured = model_of(plan, model)
     options.setdefault("objective", plan.provenance.get("objective", "phases"))
     options.setdefault("seed", int(plan.provenance.get("seed", "0")))
