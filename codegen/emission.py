@@ -30,6 +30,11 @@ class Emission:
 def trained(plan: Plan, target: str) -> tuple[Parallelism, LlmWorkload]:
     """The decisions of a decoder's training plan; raises InputError where the plan has none."""
     made = plan.decisions.parallelism
+    if made is None and plan.decisions.serving is not None:
+        raise InputError(
+            f"{target} trains, and the plan of {plan.model.name!r} serves; compile it with mode='train', or give the "
+            "plan to vLLM"
+        )
     if made is None:
         raise InputError(
             f"{target} takes a decoder's training plan, and the plan of {plan.model.name!r} has no parallelism of "

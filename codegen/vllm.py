@@ -21,7 +21,8 @@ def emit_vllm(plan: Plan) -> Emission:
     made = plan.decisions.serving
     if made is None:
         raise InputError(
-            f"vLLM serves, and the plan of {plan.model.name!r} does not say how; compile it with mode='inference'"
+            f"vLLM takes a decoder's serving plan, and that of {plan.model.name!r} is none; compile a decoder such as "
+            "llama3-8b with mode='inference'"
         )
     layout, request = made.chosen.layout, made.request
     values: dict[str, object] = {

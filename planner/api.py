@@ -180,7 +180,7 @@ def _workload(
         said = () if own else ("no workload given: one id a sample and feature, uniform access",)
         return replace(chosen, global_batch=batch), said
     if given.global_batch % world:
-        near = max(1, round(given.global_batch / world)) * world
+        near = max(1, (given.global_batch + world // 2) // world) * world
         raise InputError(
             f"global_batch {given.global_batch} does not divide over {world} ranks; use {near} or another multiple"
         )

@@ -11,7 +11,7 @@ import click
 
 from ir.errors import InputError
 from planner.cli_support import JSON_OPTION, answer, load_plan, read_constraints, reports_errors, show
-from planner.emit_cli import TARGETS, emission, emit_decoder
+from planner.emit_cli import TARGETS, emission
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -103,9 +103,6 @@ def emit(plan: str, target: str, model: str | None, output: str | None, as_json:
     from ir.plan import write_atomically
 
     loaded = load_plan(plan)
-    if target in TARGETS and not as_json:
-        emit_decoder(loaded, target, output)
-        return
     text, use, limits = _emitted(loaded, target, model, output or "FILE")
     if output:
         write_atomically(output, text)
@@ -128,6 +125,11 @@ def _emitted(plan: Plan, target: str, model: str | None, path: str) -> tuple[str
     if target in TARGETS:
         made = emission(plan, target)
         return made.text, f"use: {made.command.format(path=path)}", list(made.limits)
+    if plan.decisions.parallelism is not None or plan.decisions.serving is not None:
+        raise InputError(
+            f"{target} takes a recommender's plan, and {plan.model.name!r} is a decoder; choose --target "
+            + ("vllm" if plan.decisions.serving is not None else "torchtitan, megatron or accelerate")
+        )
     named = source_of(plan, model)
     if target == "torchao":
         return emit_torchao(plan, named), "import it and call quantize_model(model)", []

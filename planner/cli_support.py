@@ -89,4 +89,5 @@ def read_constraints(path: str | None) -> Constraints | None:
 
     if path is None:
         return None
-    return Constraints.from_dict(load_yaml(path, "constraints") or {}, f"constraints {path}")
+    found = load_yaml(path, "constraints")
+    return Constraints.from_dict({} if found is None else found, f"constraints {path}")

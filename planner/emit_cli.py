@@ -1,14 +1,12 @@
-"""``planner emit`` for trainers and servers of decoders: the file on standard output, what it lacks on the other."""
+"""``planner emit`` for trainers and servers of decoders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import click
-
 from codegen.emission import Emission
 from ir.errors import InputError
-from ir.plan import Plan, write_atomically
+from ir.plan import Plan
 
 TARGETS = ("torchtitan", "torchtitan-0.3", "megatron", "accelerate", "vllm")
 """Targets that give an :class:`codegen.emission.Emission`."""
@@ -32,15 +30,3 @@ def emission(plan: Plan, target: str) -> Emission:
     if target not in emitters:
         raise InputError(f"there is no target {target!r} for decoders; choose one of {', '.join(emitters)}")
     return emitters[target](plan)
-
-
-def emit_decoder(plan: Plan, target: str, output: str | None) -> None:
-    """Write or print the file; name what it cannot say on standard error."""
-    made = emission(plan, target)
-    if output is None:
-        click.echo(made.text, nl=False)
-    else:
-        write_atomically(output, made.text)
-        click.echo(f"written to {output}; use: {made.command.format(path=output)}")
-    for limit in made.limits:
-        click.echo(f"note: {limit}", err=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from planner.cli import cli
+from planner.__main__ import main as start
+from planner.cli import cli, main
 
 
 def run(*arguments: str) -> Result:
@@ -148,6 +154,8 @@ def test_models_lists_the_zoo() -> None:
         (("explain", "{plan}", "--rank", "-1"), 2, "ranks 0..7"),
         (("verify", "missing.json"), 2, "does not exist"),
         (("compile", "{tables}"), 2, "Missing option"),
+        (("compile", "{tables}", "-t", "h100-1x8", "-c", "{list}"), 2, "dictionary"),
+        (("compile", "{tables}", "-t", "h100-1x8", "--batch", "9" * 23), 2, "use 1" + "0" * 23),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -167,8 +175,63 @@ def test_bad_input_is_one_sentence(
         "{huge}": write("huge", [10**11], ["t0"]),
         "{zero}": write("zero", [0], ["t0"]),
         "{twice}": write("twice", [5, 6], ["t0", "t0"]),
+        "{list}": tmp_path / "list.yaml",
     }
+    files["{list}"].write_text("[]\n")
     result = run(*(str(files.get(argument, argument)) for argument in arguments))
     assert result.exit_code == code
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+PLANNER = (sys.executable, "-m", "planner")
+
+
+def test_an_interrupted_process_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    command = (*PLANNER, "compile", "dlrm-dcnv2", "-t", "h100-16x8", "-o", str(out), "--json")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert (process.returncode, said[0], said[1].strip()) == (130, "", "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_where_no_command_listens(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """While modules load, and in a process group whose launcher was stopped."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("planner.cli.main", interrupted)
+    with pytest.raises(SystemExit) as done:
+        start()
+    assert (done.value.code, capfd.readouterr().err) == (130, "interrupted\n")
+
+
+def test_an_output_that_takes_no_more() -> None:
+    """A full disk is an error in one sentence; a reader that has left, and one that never was, are not."""
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            (*PLANNER, "models"), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (run.returncode, run.stderr) == (2, "error: cannot write the output: No space left on device\n")
+    for shell in ("{} schema plan | true", "{} schema plan >&-"):
+        run = subprocess.run(
+            ("bash", "-c", shell.format(" ".join(PLANNER))), capture_output=True, text=True, check=False
+        )
+        assert run.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words", ["explain", "explian", "explain plan.json --rank many", "compile --no-such"]
+)
+def test_wrong_usage_is_an_object_too(words: str, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["planner", *words.split(), "--json"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    answer = json.loads(capfd.readouterr().out)
+    assert answer.keys() == {"error", "exit_code"}
+    assert answer["exit_code"] == 2

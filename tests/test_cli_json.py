@@ -121,6 +121,20 @@ def test_errors_keep_their_schema(line: str, files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("torchrec", "choose --target torchtitan, megatron or accelerate"),
+        ("torchao", "is a decoder; choose --target"),
+        ("vllm", "takes a decoder's serving plan"),
+    ],
+)
+def test_a_target_of_another_kind_of_plan_is_named(target: str, message: str, files: dict[str, str]) -> None:
+    run = CliRunner().invoke(cli, ["emit", files["llama"], "--target", target])
+    assert run.exit_code == 2
+    assert message in run.output
+
+
+@pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("planner comp", {"plain,compile", "plain,completion"}),
