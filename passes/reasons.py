@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ir.plan import Alternative, TablePlan
 from ir.units import format_seconds
-from passes.assignment import Problem, Solution, alternatives
+from passes.assignment import Problem, Solution, alternatives, runner_up
 
 # Below this relative difference two options cost the same for the step.
 _TIE = 1e-6
@@ -22,11 +22,17 @@ def explain_tables(
     """The table plans with ``reason`` and ``runner_up`` filled in."""
     explained = []
     for index, plan in enumerate(plans):
-        others = table_alternatives(problem, solution, index)
-        fitting = [other for other in others if other.delta is not None]
-        best = min(fitting, key=lambda other: (other.delta or 0.0, sum(other.terms.values())), default=None)
+        terms = [_own_seconds(problem, index, j) for j in range(len(problem.options[index]))]
+        spent = [sum(seconds.values()) for seconds in terms]
+        found = runner_up(problem, solution, index, spent, _TIE * solution.objective)
+        best = None
+        if found is not None:
+            label = problem.options[index][found[0]].label
+            best = Alternative(label, found[1], found[1] - solution.objective, terms[found[0]], "")
         explained.append(
-            replace(plan, runner_up=best, reason=_reason(problem, solution, index, others, best))
+            replace(
+                plan, runner_up=best, reason=_reason(solution, spent[solution.choice[index]], terms, best)
+            )
         )
     return tuple(explained)
 
@@ -61,17 +67,14 @@ def _own_seconds(problem: Problem, index: int, position: int) -> dict[str, float
     return dict(zip(problem.phases, totals, strict=True))
 
 
-def _reason(
-    problem: Problem, solution: Solution, index: int, others: list[Alternative], best: Alternative | None
-) -> str:
-    if not others:
+def _reason(solution: Solution, own: float, terms: list[dict[str, float]], best: Alternative | None) -> str:
+    if len(terms) == 1:
         return "the only option allowed"
     if best is None:
         return "the only option that fits in memory beside the other tables"
     delta = best.delta or 0.0
     if delta > _TIE * solution.objective:
         return f"{best.option} instead would lengthen the step by {format_seconds(delta)}"
-    own = sum(_own_seconds(problem, index, solution.choice[index]).values())
     saved = sum(best.terms.values()) - own
     if saved > 0:
         return (

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ir.errors import InfeasibleError, InputError
-from passes.assignment import Option, Piece, Problem, Solution, alternatives, evaluate, solve
+from passes.assignment import Option, Piece, Problem, Solution, alternatives, evaluate, runner_up, solve
 from passes.assignment.packing_bound import dual_feasible
 
 
@@ -290,3 +290,26 @@ def test_alternatives_against_trying_every_place(phases: int) -> None:
             assert value >= min(tried) * (1 - 1e-9)
             if len(expand(option)) == 1 and j != solution.choice[table]:
                 assert value == pytest.approx(min(tried))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_runner_up_is_the_best_of_all_alternatives(seed: int) -> None:
+    problem = random_problem(seed, 3, 6, 2, 2, slack=1.5)
+    solution = solve(problem, effort="quick")
+    tie = 1e-9 * solution.objective
+    for table, options in enumerate(problem.options):
+        spent = [sum(sum(piece.load) * piece.count for piece in option.pieces) for option in options]
+        objectives = alternatives(problem, solution, table)
+        ranked = sorted(
+            (max(objective - solution.objective, tie), spent[j], j)
+            for j, objective in enumerate(objectives)
+            if objective is not None and j != solution.choice[table]
+        )
+        found = runner_up(problem, solution, table, spent, tie)
+        if not ranked:
+            assert found is None
+            continue
+        assert found is not None
+        longer, cost, _ = ranked[0]
+        assert max(found[1] - solution.objective, tie) == pytest.approx(longer, rel=1e-9)
+        assert spent[found[0]] == pytest.approx(cost)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from passes.assignment.compiled import Choice, compile_option
@@ -18,6 +20,65 @@ def alternatives(problem: Problem, solution: Solution, table: int) -> tuple[floa
     Returns:
         Seconds by option index.
     """
+    state, left = _without(problem, solution, table)
+    chosen = solution.choice[table]
+    made: list[float | None] = []
+    for j, option in enumerate(problem.options[table]):
+        made.append(solution.objective if j == chosen else _objective(problem, state, option, left))
+    return tuple(made)
+
+
+def runner_up(
+    problem: Problem, solution: Solution, table: int, spent: Sequence[float], tie: float
+) -> tuple[int, float] | None:
+    """The best other option of a table and the objective with it, as :func:`alternatives` has it.
+
+    Options are placed in the order of what they cost at least, until none left can be better: with thousands of
+    tables nearly all of them have room off the slowest ranks, and one placement settles them.
+
+    Args:
+        problem: what was assigned.
+        solution: where everything is.
+        table: the table whose other options are looked at.
+        spent: of each option, what decides between options of equal objective.
+        tie: seconds below which a longer objective is an equal one.
+
+    Returns:
+        Option index and seconds; None where no other option fits.
+    """
+    state, left = _without(problem, solution, table)
+    peaks, least = state.loads.max(axis=0), state.loads.min(axis=0)
+    options = problem.options[table]
+
+    def rank(objective: float, j: int) -> tuple[float, float]:
+        longer = objective - solution.objective
+        return (longer if longer > tie else 0.0), spent[j]
+
+    floors = {
+        j: rank(_floor(option, peaks, least), j)
+        for j, option in enumerate(options)
+        if j != solution.choice[table]
+    }
+    best: tuple[tuple[float, float], int, float] | None = None
+    for j in sorted(floors, key=lambda j: (floors[j], j)):
+        if best is not None and floors[j] >= best[0]:
+            break
+        objective = _objective(problem, state, options[j], left)
+        if objective is not None and (best is None or rank(objective, j) < best[0]):
+            best = rank(objective, j), j, objective
+    return None if best is None else (best[1], best[2])
+
+
+def _floor(option: Option, peaks: Floats, least: Floats) -> float:
+    """Seconds that the objective has at least with the option: its largest piece stands on some rank."""
+    fixed = np.asarray(_fixed(option, len(peaks)))
+    placed = [piece.load for piece in option.pieces if piece.scope != "all"]
+    largest = np.max(placed, axis=0) if placed else np.zeros(len(peaks))
+    return float((np.maximum(peaks, least + largest) + fixed).sum())
+
+
+def _without(problem: Problem, solution: Solution, table: int) -> tuple[State, Floats]:
+    """The machine without one table, and what is then left of each budget."""
     phases = len(problem.phases)
     extra = solution.extra.copy() if problem.limits else None
     state = State(problem, solution.loads.copy(), solution.memory.copy(), extra)
@@ -28,10 +89,7 @@ def alternatives(problem: Problem, solution: Solution, table: int) -> tuple[floa
     state.add_everywhere(placed, -1.0)
     state.loads -= np.asarray(_fixed(current, phases))
     left = np.asarray(problem.budgets) * (1 + 1e-9) - solution.spent + np.asarray(placed.cost)
-    made: list[float | None] = []
-    for j, option in enumerate(problem.options[table]):
-        made.append(solution.objective if j == chosen else _objective(problem, state, option, left))
-    return tuple(made)
+    return state, left
 
 
 def _compiled(problem: Problem, option: Option) -> Choice:
