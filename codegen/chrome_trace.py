@@ -2,12 +2,14 @@
 
 One process a class of equal ranks, one thread a stream. Where a rank's own share of a phase ends before that
 of the slowest rank, the rest is drawn as waiting, and an arrow leads from the rank that is waited for.
-Format: Trace Event Format (Chromium); times in microseconds.
+Format: Trace Event Format (Chromium); times in microseconds. What Perfetto's importer makes of it (its
+``json_trace_parser``, ``process_tracker`` and ``slice_tracker``) is kept in mind by :func:`write_trace`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from ir.plan import Timeline, write_atomically
 from ir.reading import read_json
 
 MICRO = 1e6
+LEAST_WAIT = 1e-8  # seconds of waiting that are drawn: anything shorter is rounding
+MODELLED_FIRST = 1  # process ids of modelled classes start here; 0 is the idle process to Perfetto
 MEASURED_FIRST = 1000  # process ids of measured ranks start here
 Event = dict[str, Any]
 
@@ -45,7 +49,7 @@ def modelled_events(timeline: Timeline, classes: Sequence[RankClass]) -> list[Ev
     """Events of a modelled step, one process a class, in the order given."""
     streams = list(dict.fromkeys(event.stream for event in timeline.events))
     made: list[Event] = []
-    for process, group in enumerate(classes):
+    for process, group in enumerate(classes, MODELLED_FIRST):
         made += _names(process, f"modelled: {group.label}", streams)
         for event in timeline.events:
             own = min(group.seconds.get(event.name, event.duration), event.duration)
@@ -60,7 +64,7 @@ def modelled_events(timeline: Timeline, classes: Sequence[RankClass]) -> list[Ev
                     "args": {"critical": event.critical, "seconds": own, **event.terms},
                 }
             )
-            if event.duration - own > 1e-9:
+            if event.duration - own > LEAST_WAIT:
                 made.append(
                     {
                         **common,
@@ -94,18 +98,17 @@ def _flows(timeline: Timeline, classes: Sequence[RankClass], streams: Sequence[s
             continue
         own = [min(g.seconds.get(event.name, event.duration), event.duration) for g in classes]
         last = own.index(max(own))
-        for process, seconds in enumerate(own):
-            if process == last or event.duration - seconds <= 1e-9:
+        for index, seconds in enumerate(own):
+            if index == last or event.duration - seconds <= LEAST_WAIT:
                 continue
             # a number: Perfetto reads text as a hexadecimal number and drops arrows whose id is none
             common = {"name": event.name, "cat": "flow", "id": len(made) // 2 + 1}
             thread = streams.index(event.stream)
             middle = event.start + own[last] / 2
             arrives = event.start + seconds + (event.duration - seconds) / 2
-            made.append({**common, "ph": "s", "pid": last, "tid": thread, "ts": middle * MICRO})
-            made.append(
-                {**common, "ph": "f", "bp": "e", "pid": process, "tid": thread, "ts": arrives * MICRO}
-            )
+            start, end = MODELLED_FIRST + last, MODELLED_FIRST + index
+            made.append({**common, "ph": "s", "pid": start, "tid": thread, "ts": middle * MICRO})
+            made.append({**common, "ph": "f", "bp": "e", "pid": end, "tid": thread, "ts": arrives * MICRO})
     return made
 
 
@@ -149,6 +152,60 @@ def measured_events(files: Iterable[str | Path]) -> list[Event]:
 
 
 def write_trace(path: str | Path, events: Sequence[Event], about: Mapping[str, str]) -> None:
-    """Write a trace file whole or not at all; raises InputError when the folder cannot be written."""
-    body = {"displayTimeUnit": "ms", "otherData": dict(about), "traceEvents": list(events)}
+    """Write a trace file whole or not at all; raises InputError when the folder cannot be written.
+
+    Slices of a thread that overlap without one being within the other get a thread more, because Perfetto drops them;
+    it also names threads by their number alone, so that numbers are of one thread in the whole file.
+    """
+    body = {"displayTimeUnit": "ms", "otherData": dict(about), "traceEvents": placed(events)}
     write_atomically(path, json.dumps(body, allow_nan=False, separators=(",", ":")) + "\n")
+
+
+def placed(events: Sequence[Event]) -> list[Event]:
+    """Events with whole nanoseconds, on threads of their own number in which slices nest; outer slices first."""
+    named = {(e["pid"], e["tid"]): e for e in events if e["name"] == "thread_name"}
+    made = [dict(e) for e in events if e["ph"] == "M" and e["name"] != "thread_name"]
+    slices = [(e, _nanoseconds(e["ts"]), _nanoseconds(e["ts"] + e["dur"])) for e in events if e["ph"] == "X"]
+    slices.sort(key=lambda one: (one[1], -one[2]))
+    lanes: dict[tuple[int, int], list[list[int]]] = {key: [[]] for key in named}
+    first = 1 + max((pid for pid, _ in named), default=0)
+    numbers: dict[tuple[int, int, int], int] = {
+        (*key, 0): number for number, key in enumerate(named, first)
+    }  # process, thread, lane -> the file's thread
+    timed = []
+    for event, start, end in slices:
+        key = (event["pid"], event["tid"])
+        lane = _lane(lanes[key], start, end)
+        number = numbers.setdefault((*key, lane), first + len(numbers))
+        timed.append({**event, "tid": number, "ts": _microseconds(start), "dur": _microseconds(end - start)})
+    for (pid, tid, lane), number in numbers.items():
+        name = named[pid, tid]["args"]["name"] + (f", {lane + 1} at a time" if lane else "")
+        made.append({**named[pid, tid], "tid": number, "args": {"name": name}})
+    arrows = [
+        {**e, "tid": numbers[e["pid"], e["tid"], 0], "ts": _microseconds(math.floor(e["ts"] * 1e3))}
+        for e in events
+        if e["ph"] in "sf"
+    ]
+    return made + timed + arrows
+
+
+def _lane(lanes: list[list[int]], start: int, end: int) -> int:
+    """The first lane whose open slices (their ends, outermost first) are all over, or hold the new one; it is entered."""
+    for index, open_ends in enumerate(lanes):
+        while open_ends and open_ends[-1] <= start:
+            open_ends.pop()
+        if not open_ends or end <= open_ends[-1]:
+            open_ends.append(end)
+            return index
+    lanes.append([end])
+    return len(lanes) - 1
+
+
+def _nanoseconds(micro: float) -> int:
+    return round(micro * 1e3)
+
+
+def _microseconds(nano: int) -> float:
+    """A number that readers which cut off after multiplying by 1,000, as Perfetto does, take for ``nano``."""
+    micro = nano / 1e3
+    return micro if int(micro * 1e3) == nano else math.nextafter(micro, math.inf)

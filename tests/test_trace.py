@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 import planner
-from codegen.chrome_trace import MEASURED_FIRST, measured_events
+from codegen.chrome_trace import MEASURED_FIRST, measured_events, placed
 from codegen.runtime.spans import phases_of
 from ir.errors import InputError
 from planner.cli import cli
@@ -53,69 +55,84 @@ def test_times_are_the_plans_and_waits_fill_up_to_the_slowest(plan: planner.Plan
     assert max(ends) == pytest.approx(plan.timeline.step * 1e6)
 
 
-def test_events_of_a_thread_do_not_overlap_and_arrows_pair_up(plan: planner.Plan, tmp_path: Path) -> None:
-    path = tmp_path / "trace.json"
-    write_plan_trace(plan, path)
-    events = events_of(path)
-    lanes: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
-    for event in events:
-        if event["ph"] == "X":
-            lanes[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
-    for spans in lanes.values():
-        spans.sort()
-        assert all(a[1] <= b[0] + 1e-3 for a, b in itertools.pairwise(spans))
-    starts = {e["id"]: e["ts"] for e in events if e["ph"] == "s"}
-    ends = {e["id"]: e["ts"] for e in events if e["ph"] == "f"}
-    assert starts.keys() == ends.keys()
-    assert starts, "ranks of this plan differ, so somebody waits"
-
-
 def well_formed(events: list[dict[str, Any]]) -> int:
-    """The Trace Event Format as Perfetto's importer reads it; the number of arrows.
+    """What Perfetto's importer makes of a trace, in its whole nanoseconds (cut off, not rounded); the number of arrows.
 
-    Complete events need a time and a duration, and nest within a thread. An arrow starts and ends at the slice that is open
-    at its time on its thread (``bp: e`` for the end), with one numeric id for its two ends, of one name and category.
-    Metadata name every process and every thread.
+    It drops complete events that overlap another of their thread without one being within the other, and arrows whose end
+    has no open slice or whose two ends differ in id, name or category. Threads are named by number alone, and number 0 of
+    process 0 is its idle thread.
     """
-    named: dict[str, set[Any]] = {"process_name": set(), "thread_name": set()}
-    slices: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
+    numbers: dict[int, int] = {}
+    named: dict[str, set[int]] = {"process_name": set(), "thread_name": set(), "process_sort_index": set()}
     arrows: dict[int, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for event in events:
+    stacks: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    slices: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for event in sorted(events, key=lambda one: int(one.get("ts", 0) * 1000)):  # stable, as its sorter is
         assert event["ph"] in ("M", "X", "s", "f")
         assert type(event["pid"]) is int
-        if event["ph"] == "M":
-            where = event["pid"] if event["name"].startswith("process") else (event["pid"], event["tid"])
-            named.setdefault(event["name"], set()).add(where)
-            assert set(event["args"]) == {"sort_index" if event["name"].endswith("index") else "name"}
+        assert event["pid"] > 0
+        if event["name"] in ("process_name", "process_sort_index"):
+            named[event["name"]].add(event["pid"])
             continue
         assert type(event["tid"]) is int
-        assert isinstance(event["ts"], int | float)
-        if event["ph"] == "X":
-            assert event["dur"] >= 0
-            slices[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
-            continue
-        assert type(event["id"]) is int
-        assert 0 < event["id"] < 2**63
-        assert event["ph"] not in arrows[event["id"]]
-        assert (event.get("bp") == "e") == (event["ph"] == "f")
-        arrows[event["id"]][event["ph"]] = event
-    assert set(slices) <= named["thread_name"]
-    assert {pid for pid, _ in slices} <= named["process_name"]
-    for lane in slices.values():
-        stack: list[float] = []
-        for start, end in sorted(lane, key=lambda one: (one[0], -one[1])):
-            while stack and stack[-1] <= start + 1e-3:  # rounding of a microsecond
+        assert numbers.setdefault(event["tid"], event["pid"]) == event["pid"]
+        if event["ph"] == "M":
+            assert event["args"]["name"]
+            named["thread_name"].add(event["tid"])
+        elif event["ph"] == "X":
+            start = int(event["ts"] * 1000)
+            end = start + int(event["dur"] * 1000)
+            stack = stacks[event["tid"]]
+            while stack and stack[-1][1] <= start:
                 stack.pop()
-            assert not stack or end <= stack[-1] + 1e-3
-            stack.append(end)
+            assert start <= end
+            assert not stack or end <= stack[-1][1], f"{event} would be dropped"
+            stack.append((start, end))
+            slices[event["tid"]].append((start, end))
+        else:
+            assert type(event["id"]) is int
+            assert 0 < event["id"] < 2**63
+            assert event["ph"] not in arrows[event["id"]]
+            assert (event.get("bp") == "e") == (event["ph"] == "f")
+            arrows[event["id"]][event["ph"]] = event
+    assert set(slices) <= named["thread_name"] == set(numbers)
+    assert set(numbers.values()) <= named["process_name"]
+    assert not set(numbers) & named["process_name"]
     for ends in arrows.values():
         start, end = ends["s"], ends["f"]
         assert (start["name"], start["cat"]) == (end["name"], end["cat"])
         assert start["ts"] <= end["ts"]
-        assert (start["pid"], start["tid"]) != (end["pid"], end["tid"])
+        assert start["tid"] != end["tid"]
         for one in (start, end):
-            assert any(a <= one["ts"] < b for a, b in slices[one["pid"], one["tid"]])
+            assert any(a <= int(one["ts"] * 1000) < b for a, b in slices[one["tid"]])
     return len(arrows)
+
+
+times = st.floats(0, 5e3, allow_nan=False)
+
+
+@given(st.lists(st.tuples(st.integers(1, 2), st.integers(0, 1), times, times), max_size=30))
+def test_any_slices_are_placed_so_that_none_is_dropped(spans: list[tuple[int, int, float, float]]) -> None:
+    """Each slice once, at its time, on a thread of the name of its own."""
+    events: list[dict[str, Any]] = []
+    for pid in (1, 2):
+        events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"p{pid}"}})
+        for tid in (0, 1):
+            name = {"name": f"p{pid} t{tid}"}
+            events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": name})
+    for index, (pid, tid, start, seconds) in enumerate(spans):
+        at = {"ts": start, "dur": seconds, "args": {"index": index}}
+        events.append({"ph": "X", "name": "s", "pid": pid, "tid": tid, **at})
+    made = placed(events)
+    well_formed(made)
+    threads = {e["tid"]: e["args"]["name"] for e in made if e["name"] == "thread_name"}
+    found = {e["args"]["index"]: e for e in made if e["ph"] == "X"}
+    assert sorted(found) == list(range(len(spans)))
+    for index, (pid, tid, start, seconds) in enumerate(spans):
+        event = found[index]
+        assert (event["pid"], threads[event["tid"]].split(",")[0]) == (pid, f"p{pid} t{tid}")
+        assert event["ts"] == pytest.approx(start, abs=6e-4)
+        assert event["dur"] == pytest.approx(seconds, abs=1.1e-3)
 
 
 def test_perfetto_can_read_it(plan: planner.Plan, tmp_path: Path) -> None:
