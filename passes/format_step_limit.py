@@ -2,8 +2,8 @@
 
 The budget is bisected: the master program refutes budgets whose bound exceeds the limit, and the largest refuted one
 is the bound on the objective. From there upward budgets are tried until a placed plan keeps the limit, and the
-steps between the last that did not and the first that did are halved. The plan found is the answer; what it spends
-may be less than its budget.
+steps between the last that did not and the first that did are halved. What slack a placed plan leaves is spent
+(:mod:`passes.format_slack`). The plan found is the answer; what it spends may be less than its budget.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ir.units import format_seconds
 from passes.assignment.joint import Joint
 from passes.format_requests import agree, largest_sum, with_request
 from passes.format_section import stored_size, total_loss
+from passes.format_slack import least_in_place
 from passes.joint import JointProblem, relax_all
 from passes.joint_search import search_formats
 from passes.joint_solve import best_traffic
@@ -30,7 +31,8 @@ CLOSE = 1.002  # ratio of two budgets that ends a bisection
 LEAST = 1e-9  # of the largest budget: the smallest that is told from none
 SLACKS = (1.0, 1.4, 2.5, 6.0)  # of the least budget that is not refuted; from there on squares
 NEAR = 1.05  # of the limit: a plan as slow as that is searched on
-HALVINGS = 2  # between the last budget that failed and the first that was kept
+HALVINGS = 4  # between the last budget that failed and the first that was kept
+NEAR_ENOUGH = 1.1  # ratio of the two that ends them
 SHARE = 0.5  # of the time limit, for one budget
 
 
@@ -76,6 +78,7 @@ class _Search:
         self.limit = min(request.max_step, step_limit(program) or math.inf)
         share = replace(program.options, time_limit=SHARE * program.options.time_limit)
         self.program = replace(program, options=share)
+        self.name = "loss" if request.objective == "loss" else "bytes"
         self.value: Callable[[JointProblem, Joint], float]
         if request.objective == "loss":
             given, name, self.value = request.max_loss, "loss", total_loss
@@ -121,8 +124,11 @@ class _Search:
             )
         except InfeasibleError:
             return None
-        if self.limit < joint.step < self.limit * NEAR:
+        wider = least_in_place(problem, joint, self.name, self.limit)
+        if wider is None and self.limit < joint.step < self.limit * NEAR:
             joint = search_formats(problem, joint, time_limit=options.time_limit, seed=options.seed)
+            wider = least_in_place(problem, joint, self.name, self.limit)
+        joint = wider or joint
         if joint.step > self.limit:
             return None
         return Kept(asked, problem, joint, min(bound, joint.step), self.value(problem, joint), 0.0)
@@ -141,7 +147,7 @@ class _Search:
         if found is None:
             raise too_slow(self.request, "placed plan reaches")
         for _ in range(HALVINGS):
-            if found.value <= max(failed, high) * CLOSE:
+            if found.value <= max(failed, high) * NEAR_ENOUGH:
                 break
             middle = math.sqrt(max(failed, high) * found.value)
             better = self.kept(middle)

@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 
 import planner
-from cost_models.calibration import GPU
+from cost_models.calibration import GPU, default_calibration
 from cost_models.gemm_formats import gemm_price
 from ir.constraints import Constraints
 from ir.errors import InfeasibleError, InputError
 from ir.format_plan import FormatRequest, LossChange, Sensitivity
 from ir.ops import EmbeddingTable, Op
 from ir.plan import Plan
-from ir.program import Model
+from ir.program import Model, Options, Program
 from ir.tier_plan import TierRequest
 from ir.units import format_bytes
 from ir.workload import FeatureStats, Workload
+from passes.assignment.problem import evaluate
 from passes.format_knapsack import KnapsackOption, solve_knapsack
+from passes.format_slack import least_in_place
+from passes.joint_solve import best_traffic
+from planner.presets import preset
 from planner.verification import verify
 
 TABLES = tuple(EmbeddingTable(f"t{i}", 100_000 * (i + 1), 64, (f"f{i}",)) for i in range(6))
@@ -152,6 +156,52 @@ def test_a_step_limit_is_kept_at_the_least_loss() -> None:
     assert 0 <= section.lower_bound <= section.loss
     assert narrow.decisions.formats is not None
     assert section.loss < narrow.decisions.formats.loss
+
+
+def test_the_slack_of_a_placed_plan_goes_into_the_least_loss_by_brute_force() -> None:
+    """Tables where they lie, every combination of formats tried."""
+    formats = ("fp32", "bf16", "mx9", "mx6", "mx4")
+    weight = dict(zip((t.name for t in TABLES), (3.0, 1.0, 0.2, 0.7, 5.0, 0.05), strict=True))
+    error = {"fp32": 0.0, "bf16": 1e-6, "mx9": 2e-5, "mx6": 1.5e-3, "mx4": 2.7e-2}
+    known = {name: {f: LossChange(w * error[f]) for f in formats} for name, w in weight.items()}
+    asked = FormatRequest(
+        max_loss=0.1,
+        formats={"table": formats},
+        rules={"traffic.*": ("fp32",)},
+        kernels="emulate",
+        sensitivity=Sensitivity(known, "x", "loss"),
+    )
+    machine = preset("h100-1x4")
+    options = Options(constraints=Constraints(formats=asked), time_limit=0.3)
+    program = Program(Model("m", TABLES, ()), machine, WORKLOAD, options)
+    problem, joint, _ = best_traffic(program, default_calibration(machine))
+    rows = []
+    for t, (row, j) in enumerate(zip(joint.problem.options, joint.solution.choice, strict=True)):
+        meaning = next(c for c in problem.classes if t in c.members).meaning
+        same = [o for o in meaning if meaning[o].priced.option == meaning[row[j]].priced.option]
+        places = (joint.solution.placement[t],)
+        placed = [evaluate(replace(joint.problem, options=((o,),)), (0,), places) for o in same]
+        rows.append([(o.cost[0], *one) for o, one in zip(same, placed, strict=True)])
+    tried = [
+        (
+            problem.frame.base + float(sum(loads for _, loads, _ in made).max(axis=0).sum()),
+            float(sum(memory for _, _, memory in made).max()),
+            sum(cost for cost, _, _ in made),
+        )
+        for made in itertools.product(*rows)
+    ]
+    spent = joint.solution.spent[0]
+    for slack in (1.0, 1.01, 1.02, 1.05):
+        limit = slack * joint.step
+        fine = [c for step, memory, c in tried if step <= limit and memory <= problem.frame.capacity]
+        found = least_in_place(problem, joint, "loss", limit)
+        if found is None:
+            assert min(fine) >= spent * (1 - 2e-3)
+            continue
+        assert found.step <= limit
+        assert found.solution.spent[0] == pytest.approx(min(fine), rel=2e-3)
+    assert found is not None
+    assert found.solution.spent[0] < 0.9 * spent
 
 
 def test_every_bound_holds_whatever_is_minimised() -> None:
