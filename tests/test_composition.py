@@ -9,6 +9,7 @@ import pytest
 
 import planner
 from cost_models.memory import dense_memory
+from ir.capture import capture
 from ir.compression import CompressionRequest
 from ir.constraints import Constraints
 from ir.format_plan import FormatRequest
@@ -34,7 +35,6 @@ def plan() -> planner.Plan:
     import torch
 
     from codegen.runtime.codecs.sampling import sample_traffic
-    from ir.capture import capture
     from planner.zoo import build
 
     torch.manual_seed(0)
@@ -76,7 +76,7 @@ def plan() -> planner.Plan:
         memory_reserve=0.0,
         memory_limit=sum(dense_memory(model, work, machine, "train").values()) + LEFT_FOR_TABLES,
     )
-    return planner.compile(model, machine, work, constraints=asked, name="wukong")
+    return planner.compile(model, machine, work, constraints=asked, name="wukong", time_limit=0.3)
 
 
 def test_one_plan_decides_everything_and_verifies(plan: planner.Plan) -> None:
@@ -146,9 +146,10 @@ def test_tower_modules_codecs_and_formats_are_one_plan_that_runs(tmp_path: Path)
         ),
         towers=TowerRequest(module="wukong", compression=1.5, always=True),
     )
-    both = planner.compile(made.module, machine, work, constraints=asked, name="wukong")
-    plain = planner.compile(
-        made.module, machine, work, constraints=replace(asked, compression=None), name="wukong"
+    model = capture(made.module, name="wukong")
+    both, plain = (
+        planner.compile(model, machine, work, constraints=one, name="wukong", time_limit=0.3)
+        for one in (asked, replace(asked, compression=None))
     )
     assert [finding for finding in planner.verify(both) if not finding.ok] == []
     section = both.decisions.compression

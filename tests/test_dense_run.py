@@ -29,7 +29,7 @@ TARGETS = str(Path(__file__).parent / "dense_targets.py")
 def compiled(model: str, hosts: int, host_size: int, **asked: Any) -> Plan:
     constraints = Constraints(dense=DenseRequest(**asked))
     load = Workload(8 * hosts * host_size, {}, optimizer="sgd")
-    return planner.compile(model, topology(hosts, host_size), load, constraints=constraints)
+    return planner.compile(model, topology(hosts, host_size), load, constraints=constraints, time_limit=0.3)
 
 
 @pytest.mark.parametrize(
