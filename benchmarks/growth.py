@@ -41,10 +41,12 @@ from planner.zoo import build
 BATCH, RATE, DIM = 512, 1e-3, 16
 TABLE_DECAY, DENSE_DECAY = 1e-3, 1e-5  # L2 penalties
 MEAN_OF = 100  # steps that the running mean of the weights looks back
+LATE = 3  # how much later weights count more where there are fewer: eta of Shamir and Zhang (ICML 2013), section 4
 TOP = (512, 512, 256, 1)
 TIMED_TOP = (2048, 2048, 1024, 1)  # wide enough that GEMMs, not calls, take the time
 TIMED_BATCH = 1024
-SPARSITY = 0.75
+SPARSITY, FINAL = 0.5, 0.4
+TIMED_SPARSITY = 0.75  # far apart, for times
 
 
 def model_of(data: movielens.Data, top: tuple[int, ...]) -> Any:
@@ -58,10 +60,16 @@ def model_of(data: movielens.Data, top: tuple[int, ...]) -> Any:
 
 
 def plan_of(
-    data: movielens.Data, top: tuple[int, ...], steps: int, batch: int, topology: Any = "local-1", **more: Any
+    data: movielens.Data,
+    top: tuple[int, ...],
+    steps: int,
+    batch: int,
+    topology: Any = "local-1",
+    sparsity: float = SPARSITY,
+    **more: Any,
 ) -> Any:
     """The plan with its growth section."""
-    asked = GrowthRequest(steps=steps, sparsity=SPARSITY, regrow=0.5, cycles=2, warmup=0.1, final=0.25)
+    asked = GrowthRequest(steps=steps, sparsity=sparsity, regrow=0.5, cycles=2, warmup=0.1, final=FINAL)
     return planner.compile(
         model_of(data, top),
         topology,
@@ -96,7 +104,8 @@ class RunningMean:
         """Take in the weights as they are."""
         self.steps += 1
         with torch.no_grad():
-            torch._foreach_lerp_(self.mean, list(self.model.parameters()), 1 / min(self.steps, MEAN_OF))
+            share = max(1 / MEAN_OF, (LATE + 1) / (self.steps + LATE))
+            torch._foreach_lerp_(self.mean, list(self.model.parameters()), share)
 
     def apply(self) -> None:
         """Give the model the mean."""
@@ -169,7 +178,8 @@ def timings(data: movielens.Data, repeats: int) -> list[dict[str, Any]]:
 
     record = measure_here(1, repeats=3)
     machine = topology_of(record, "here-1")
-    plan = plan_of(data, TIMED_TOP, 1000, TIMED_BATCH, machine, calibration=calibration_of(record, machine))
+    calibration = calibration_of(record, machine)
+    plan = plan_of(data, TIMED_TOP, 1000, TIMED_BATCH, machine, TIMED_SPARSITY, calibration=calibration)
     growth = plan.decisions.growth
     torch.manual_seed(0)
     model = model_of(data, TIMED_TOP)
