@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ir.plan
 from ir.topology import Topology
+from ir.units import format_bandwidth, format_seconds
 from planner.assumption_prices import priced
 
 if TYPE_CHECKING:
@@ -68,8 +69,6 @@ def sensitivity(
 
 
 def _assumptions(topology: Topology, base: Any) -> Iterable[tuple[str, str, Vary]]:
-    from ir.units import format_bandwidth
-
     def constant(name: str) -> Vary:
         kept = getattr(base, name)
 
@@ -105,6 +104,12 @@ def _assumptions(topology: Topology, base: Any) -> Iterable[tuple[str, str, Vary
     for field in fields(base):
         value = getattr(base, field.name)
         if isinstance(value, float) and value:
-            yield field.name, f"{value:g}", constant(field.name)
-        elif isinstance(value, tuple) and all(isinstance(v, float) for v in value):  # least and most
-            yield field.name, " to ".join(f"{v:g}" for v in value), constant(field.name)
+            yield field.name, _shown(field.name, value), constant(field.name)
+        elif value and isinstance(value, tuple) and all(isinstance(v, float) for v in value):
+            # the least and the most
+            yield field.name, " to ".join(_shown(field.name, v) for v in value), constant(field.name)
+
+
+def _shown(name: str, value: float) -> str:
+    """A time with its unit (all constants of decoding are times), a share or a factor as it is."""
+    return format_seconds(value) if name.endswith("_seconds") or name.startswith("decode_") else f"{value:g}"

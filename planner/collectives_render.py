@@ -29,11 +29,13 @@ def render_collectives(plan: Plan) -> RenderableType:
             format_seconds(choice.runner_up_seconds) if choice.runner_up else "-",
             choice.reason,
         )
+    exposed = f"{format_seconds(section.exposed_seconds)} of it" if section.exposed_seconds else "none of it"
+    change = signed(section.default_step_change)
+    change = "be as long" if change == "0" else f"change by {change}"
     dense = (
         f"dense gradients: {section.buckets} buckets of up to {format_bytes(section.bucket_bytes)}, "
-        f"{format_seconds(section.dense_seconds)} of all-reduce, of which the backward pass does not hide "
-        f"{format_seconds(section.exposed_seconds)}; with DDP's 25 MiB the step would change by "
-        f"{signed(section.default_step_change)}"
+        f"{format_seconds(section.dense_seconds)} of all-reduce, {exposed} outlasting the backward pass; with DDP's "
+        f"25 MiB the step would {change}"
     )
     parts: list[RenderableType] = [Text("collectives", style="bold"), table]
     if section.buckets:

@@ -15,7 +15,7 @@ function memory() {
   text(0, y(0) + 2, "0", root);
   const last = Math.max(...runs.filter(r => sum(r[2]) > 0).map(r => r[1]));
   text(left, H - 6, "rank 0", root, { class: "dim" }); text(W - 10, H - 6, `rank ${D.world - 1}${last < D.world - 1 ? ` (from ${last + 1} on idle)` : ""}`, root, { class: "dim", "text-anchor": "end" });
-  html("span", $("purposes"), `fullest rank ${bytes(most)} of ${bytes(limit)} usable (${(100 * most / limit).toPrecision(3)} %)${near ? ", dashed" : ", far above the scale"}`);
+  html("span", $("purposes"), `fullest rank ${bytes(most)} of ${bytes(limit)} usable (${(100 * most / limit).toPrecision(3)} %)${near ? ", dashed" : ", a limit far above this scale"}`);
   purposes.forEach((p, i) => { const s = html("span", $("purposes")); html("i", s).style.background = colour(i); s.append(p); });
   tiers();
 }

@@ -68,13 +68,13 @@ function tornado() {
   if (!parts.length) { $("sensitive").remove(); return; }
   for (const [name, base, rows] of parts) {
     if (parts.length > 1) html("h3", $("tornado"), name);
-    const W = 1180, lane = 24, left = 330, H = rows.length * lane + 24, most = Math.max(...rows.flatMap(r => [r[2] - base, base - r[3]])), mid = left + (W - left) / 2, x = s => mid + (s - base) / most * (W - left - 160) / 2;
+    const narrow = innerWidth < 700, W = narrow ? 340 : 1180, lane = narrow ? 38 : 24, left = narrow ? 0 : 250, H = rows.length * lane + 24, most = Math.max(...rows.flatMap(r => [r[2] - base, base - r[3]])), mid = left + (W - left) / 2, x = s => mid + (s - base) / most * (W - left - 150) / 2;
     const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `sensitivity of the ${name}` }, $("tornado"));
     rows.forEach(([label, value, worse, better], i) => {
-      const y = i * lane + 4;
-      text(0, y + 13, `${label} (${value})`, root);
-      svg("rect", { x: x(better), y, width: Math.max(1, mid - x(better)), height: lane - 8, fill: colour(2) }, root, `10 % better: ${time(better)}`);
-      svg("rect", { x: mid, y, width: Math.max(1, x(worse) - mid), height: lane - 8, fill: "var(--crit)" }, root, `10 % worse: ${time(worse)}`);
+      text(0, i * lane + (narrow ? 10 : 17), `${label} (${value})`, root);
+      const y = i * lane + (narrow ? 16 : 4);  // on a phone below the name, else beside it
+      svg("rect", { x: x(better), y, width: Math.max(1, mid - x(better)), height: 16, fill: colour(2) }, root, `10 % better: ${time(better)}`);
+      svg("rect", { x: mid, y, width: Math.max(1, x(worse) - mid), height: 16, fill: "var(--crit)" }, root, `10 % worse: ${time(worse)}`);
       if (worse - base > base * 1e-5) text(x(worse) + 5, y + 12, `+${time(worse - base)}`, root, { class: "dim" });
       if (base - better > base * 1e-5) text(x(better) - 5, y + 12, `-${time(base - better)}`, root, { class: "dim", "text-anchor": "end" });
     });
