@@ -30,6 +30,7 @@ from ir.dtypes import nbytes
 from ir.errors import InfeasibleError, InputError
 from ir.program import Program
 from ir.units import format_bytes, format_seconds
+from passes.base import Pass
 from passes.collectives import Collectives
 from passes.compression import CompressionBounds
 from passes.memory import MemoryAccounting
@@ -48,10 +49,14 @@ _UNITS = (
 
 @dataclass(frozen=True, slots=True)
 class DenseParallelism:
-    """Fill ``decisions.dense``; left empty where nothing is asked and the replicated dense part fits."""
+    """Fill ``decisions.dense``; left empty where nothing is asked and the replicated dense part fits.
+
+    ``placing`` places the tables that layouts are priced with; default :class:`passes.sharding.Sharding`.
+    """
 
     name: ClassVar[str] = "dense"
     calibration: Calibration | None = None
+    placing: Pass | None = None
 
     def run(self, program: Program) -> Program:
         """Decide.
@@ -72,7 +77,7 @@ class DenseParallelism:
         calibration = self.calibration or default_calibration(program.topology)
         asked = request or DenseRequest()
         plans = list(_plans(program, asked))
-        steps = _steps(program, plans, calibration)
+        steps = _steps(program, plans, calibration, self.placing or Sharding(calibration))
         if not any(step is not None for step in steps):
             raise _nothing_fits(program, plans, asked)
         chosen = _choose(program, plans, steps, request is None)
@@ -191,7 +196,9 @@ def _bytes(program: Program, plan: DensePlan) -> int:
     return sum(planned_dense_memory(with_dense(program, plan)).values())
 
 
-def _steps(program: Program, plans: list[DensePlan], calibration: Calibration) -> list[float | None]:
+def _steps(
+    program: Program, plans: list[DensePlan], calibration: Calibration, placing: Pass
+) -> list[float | None]:
     """Seconds of the modelled step under each plan; None where it does not fit."""
     order = sorted(range(len(plans)), key=lambda i: _bytes(program, plans[i]))
     steps: list[float | None] = [None] * len(plans)
@@ -203,7 +210,7 @@ def _steps(program: Program, plans: list[DensePlan], calibration: Calibration) -
             candidate = MemoryAccounting().run(candidate)
         if placed is None or not _within(candidate):
             try:
-                candidate = MemoryAccounting().run(Sharding(calibration).run(with_dense(program, plans[i])))
+                candidate = MemoryAccounting().run(placing.run(with_dense(program, plans[i])))
             except InfeasibleError:
                 break  # larger dense parts fit even less
         placed = candidate

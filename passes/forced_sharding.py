@@ -86,7 +86,7 @@ def start_of(stated: ShardingProblem, known: Sequence[TablePlan], topology: Topo
     for name, options in zip(stated.problem.names, stated.options, strict=True):
         found = _position(options, plans[name]) if name in plans else None
         choice.append(found)
-        places.append(_places(plans[name], topology) if found is not None else [])
+        places.append(places_of(plans[name], topology) if found is not None else [])
     return choice, places
 
 
@@ -95,7 +95,7 @@ def _position(options: tuple[PricedOption, ...], plan: TablePlan) -> int | None:
     return next((i for i, made in enumerate(options) if made.option == wanted), None)
 
 
-def _places(plan: TablePlan, topology: Topology) -> list[int]:
+def places_of(plan: TablePlan, topology: Topology) -> list[int]:
     """Rank or host of each unit in column order, -1 for units that every rank shares."""
     made = []
     for unit, ranks in placed_units(plan, topology):

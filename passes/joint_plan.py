@@ -14,6 +14,7 @@ from passes.format_section import Resolved, format_section
 from passes.format_step_limit import least_within_step, too_slow
 from passes.formats import check, known_point, resolve, sweep
 from passes.joint import JointProblem
+from passes.joint_warm import Known, place_warm
 from passes.reasons import explain_tables
 from passes.sharding_plans import table_plan
 from passes.tiers import Placed, place, tier_section
@@ -23,9 +24,13 @@ OBJECTIVE = (
 )
 
 
-def decide_jointly(program: Program, calibration: Calibration) -> Program:
-    """Decide tables, formats and tiers together; raises InputError or InfeasibleError."""
-    resolved, placed = _solved(program, calibration)
+def decide_jointly(program: Program, calibration: Calibration, known: Known | None = None) -> Program:
+    """Decide tables, formats and tiers together, from those of a plan where ``known`` carries over.
+
+    Raises:
+        InputError, InfeasibleError: as the format and tier requests say.
+    """
+    resolved, placed = _solved(program, calibration, known)
     constraints = program.options.constraints
     joint, problem = placed.joint, placed.problem
     machine, workload = problem.program.topology, problem.program.workload
@@ -47,18 +52,27 @@ def decide_jointly(program: Program, calibration: Calibration) -> Program:
     return replace(decided, tables=plans, certificate=_certificate(placed), decisions=sections)
 
 
-def _solved(program: Program, calibration: Calibration) -> tuple[Resolved | None, Placed]:
+def _solved(
+    program: Program, calibration: Calibration, known: Known | None
+) -> tuple[Resolved | None, Placed]:
     """The joint solution, and what the request for formats came to."""
     request = program.options.constraints.formats
+
+    def placed_from(asked: Program) -> Placed:
+        found = place_warm(asked, calibration, known) if known is not None else None
+        return found if found is not None else place(asked, calibration)
+
     if request is None:
-        return None, place(program, calibration)
+        return None, placed_from(program)
     check(program)
     if request.max_step is not None and request.objective != "step":
+        if known is not None:
+            known.unused.append(f"formats of least {request.objective} are looked for")
         kept = least_within_step(program, calibration, request)
         resolved = Resolved(kept.request, kept.value, kept.lower_bound)
         return resolved, Placed(with_request(program, kept.request), kept.problem, kept.joint, kept.bound)
     resolved = resolve(program, calibration)
-    placed = place(with_request(program, resolved.request), calibration)
+    placed = placed_from(with_request(program, resolved.request))
     if request.objective == "step":
         placed = replace(placed, bound=untied(placed.program, calibration, request, placed.bound))
     if request.max_step is not None and placed.joint.step > request.max_step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from cost_models.calibration import Calibration
@@ -53,9 +53,10 @@ def candidate(
     request: TowerRequest,
     calibration: Calibration,
     over_arch: OverArch | None,
+    known: Sequence[TablePlan] = (),
 ) -> Candidate:
-    """Shard the tables and price the step, with and without modules; raises as :func:`shard_towers`."""
-    tables, certificate, tiers = shard_towers(program, towers, calibration)
+    """Shard the tables and price the step, with and without modules; arguments and errors of :func:`shard_towers`."""
+    tables, certificate, tiers = shard_towers(program, towers, calibration, known)
     plain = tuple(
         replace(t, vectors_out=len(t.features), dim_out=t.dim, width_out=t.width, params=0) for t in towers
     )

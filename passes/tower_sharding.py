@@ -25,6 +25,7 @@ from ir.tier_plan import TierPlan
 from ir.towers import Tower
 from passes.sharding import Sharding
 from passes.sharding_prices import memory_limit
+from passes.warm_sharding import WarmSharding
 
 # type on one host of a tower -> type on the machine
 _ON_ONE_HOST: dict[ShardingType, ShardingType] = {
@@ -42,9 +43,11 @@ _ON_HOSTS: tuple[ShardingType, ...] = (
 
 
 def shard_towers(
-    program: Program, towers: Sequence[Tower], calibration: Calibration
+    program: Program, towers: Sequence[Tower], calibration: Calibration, known: Sequence[TablePlan] = ()
 ) -> tuple[tuple[TablePlan, ...], Certificate, TierPlan | None]:
     """Decide every table within its tower; number formats stay those of the program's section.
+
+    ``known``: where the tables of these towers lie, to start from.
 
     Returns:
         The table plans in the model's order, the certificate of the slowest tower (for these towers no
@@ -59,7 +62,7 @@ def shard_towers(
     uses: list[TierPlan] = []
     for number, tower in enumerate(towers):
         try:
-            plans, certificate, tiers = _shard(program, tower, len(towers), calibration)
+            plans, certificate, tiers = _shard(program, tower, len(towers), calibration, known)
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"tower {number} ({len(tower.tables)} tables on {tower.ranks} ranks): {error}",
@@ -121,7 +124,7 @@ def _pinned(program: Program, tables: Sequence[EmbeddingTable]) -> FormatRequest
 
 
 def _shard(
-    program: Program, tower: Tower, towers: int, calibration: Calibration
+    program: Program, tower: Tower, towers: int, calibration: Calibration, known: Sequence[TablePlan]
 ) -> tuple[tuple[TablePlan, ...], Certificate, TierPlan | None]:
     topology = tower_topology(program.topology, tower.ranks)
     tables = tuple(table for table in program.model.tables if table.name in tower.tables)
@@ -148,7 +151,16 @@ def _shard(
         timeline=None,
         decisions=replace(program.decisions, towers=None),
     )
-    done = Sharding(calibration).run(part)
+    inside = tuple(
+        _inside(plan, tower.first_rank, topology.hosts) for plan in known if plan.name in tower.tables
+    )
+    ranks = (topology.world_size, topology.host_size)
+    step = (
+        WarmSharding(inside, ranks, calibration, program.decisions.formats)
+        if known
+        else Sharding(calibration)
+    )
+    done = step.run(part)
     assert done.tables is not None
     assert done.certificate is not None
     moved = tuple(_moved(plan, tower.first_rank, topology.hosts) for plan in done.tables)
@@ -181,6 +193,13 @@ def _rules(
             )
         rules[table.name] = replace(rule, sharding_types=types)
     return rules
+
+
+def _inside(plan: TablePlan, first: int, hosts: int) -> TablePlan:
+    """The inverse of :func:`_moved`."""
+    kinds = {machine: one for one, machine in _ON_ONE_HOST.items()} if hosts == 1 else {}
+    shards = tuple(replace(shard, rank=shard.rank - first) for shard in plan.shards)
+    return replace(plan, sharding_type=kinds.get(plan.sharding_type, plan.sharding_type), shards=shards)
 
 
 def _moved(plan: TablePlan, first: int, hosts: int) -> TablePlan:

@@ -37,16 +37,25 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
+class KnownTowers:
+    """The towers of a plan on the same ranks, and where their tables lie."""
+
+    decision: TowerDecision
+    tables: tuple[TablePlan, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Towers:
     """The tower pass; it does nothing unless the constraints ask for towers.
 
     ``over_arch`` says what tower modules leave of the interaction above them; without it the flat model's
-    interaction is priced in full, which understates what modules gain.
+    interaction is priced in full, which understates what modules gain. With ``known`` towers those are kept.
     """
 
     name: ClassVar[str] = "towers"
     calibration: Calibration | None = None
     over_arch: OverArch | None = None
+    known: KnownTowers | None = None
 
     def run(self, program: Program) -> Program:
         """Fill ``decisions.towers``; replace tables, certificate, memory and timeline where towers pay.
@@ -64,11 +73,16 @@ class Towers:
         reason = illegal(program.model.tables, program.model.ops)
         if reason:
             raise InputError(f"the lookups of {program.model.name} cannot be put into towers: {reason}")
-        count = tower_count(program, request)
         sample = PooledSample.load(request.interactions) if request.interactions else None
-        towers, affinity = _partition(program, request, count, sample, calibration)
-        towers, lost = _with_modules(program, request, towers, sample)
-        chosen = candidate(program, towers, request, calibration, self.over_arch)
+        known: tuple[TablePlan, ...] = ()
+        if self.known is None:
+            count = tower_count(program, request)
+            towers, affinity = _partition(program, request, count, sample, calibration)
+            towers, lost = _with_modules(program, request, towers, sample)
+        else:
+            towers, known = _as_before(program, self.known.decision, calibration), self.known.tables
+            affinity, lost = self.known.decision.affinity, self.known.decision.energy_lost
+        chosen = candidate(program, towers, request, calibration, self.over_arch, known)
         towers = _in_rank_order(towers, chosen.tables)
         if sample is not None and request.module != "none":
             towers = tuple(_pooled(tower, sample, request, program.options.seed) for tower in towers)
@@ -98,6 +112,20 @@ def tower_count(program: Program, request: TowerRequest) -> int:
             f"that is at most {tables}"
         )
     return request.towers
+
+
+def _as_before(program: Program, decision: TowerDecision, calibration: Calibration) -> tuple[Tower, ...]:
+    """The towers of a decision with what their tables take now."""
+    names = [table.name for table in program.model.tables]
+    rows = dict(zip(names, _resources(program, calibration), strict=True))
+    return tuple(
+        replace(
+            tower,
+            memory=int(sum(rows[name][0] for name in tower.tables)),
+            lookup_seconds=float(sum(rows[name][1] for name in tower.tables)),
+        )
+        for tower in decision.towers
+    )
 
 
 def _resources(program: Program, calibration: Calibration) -> Floats:

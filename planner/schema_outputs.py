@@ -93,7 +93,7 @@ class ChangedTable:
 
 @dataclass(frozen=True, slots=True)
 class DiffAnswer:
-    """``diff``, and ``whatif --set``; pairs are before and after."""
+    """``diff``; pairs are before and after."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -114,6 +114,16 @@ class DiffAnswer:
     move_seconds: float
     break_even_steps: float | None
     changed_tables: list[ChangedTable]
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIfAnswer(DiffAnswer):
+    """``whatif --set``: ``start`` is the plan that the search began with, or ``anew`` why it did not; the other is empty."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    start: str
+    anew: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +320,7 @@ OUTPUTS: dict[str, Any] = {
     "emit": EmitAnswer,
     "report": ReportAnswer,
     "trace": TraceAnswer,
-    "whatif": DiffAnswer | SensitivityAnswer,
+    "whatif": WhatIfAnswer | SensitivityAnswer,
     "replan": ReplanAnswer,
     "models": dict[str, str],
     "topologies": dict[str, str] | Topology,

@@ -77,9 +77,9 @@ def change(inputs: Inputs, settings: Mapping[str, str]) -> Inputs:
 def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None, **options: Any) -> Plan:
     """Plan again with ``settings`` changed; ``options`` go to :func:`planner.compile`.
 
-    The search starts from the plan, on other ranks from its sharding types, and names ranks so that little moves; the
-    provenance then says which plan it was (``start``). Plans with towers, formats or tiers are planned anew, and so are
-    few tables on other ranks, which takes no longer.
+    The search starts from the plan: its shardings, formats and tiers, on other ranks placed anew, and its towers, where
+    the ranks stay. Ranks are named so that little moves. The provenance then says which plan it was (``start``), or else
+    why it was planned anew (``anew``).
 
     Args:
         plan: the plan to start from.
@@ -91,6 +91,7 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
         InfeasibleError: no plan under the changed limits.
     """
     from planner.api import compile
+    from planner.towers import price_over_arch
 
     changed = change(
         Inputs(plan.topology, replace(plan.workload, dedup={}, dedup_ops={}), plan.constraints), settings
@@ -98,57 +99,86 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
     captured = model_of(plan, model)
     options.setdefault("objective", plan.provenance.get("objective", "phases"))
     options.setdefault("seed", int(plan.provenance.get("seed", "0")))
-    warm = _starts(plan, changed) and "passes" not in options
-    if warm:
-        options["passes"] = _warm_passes(plan, changed, options.get("calibration"))
-    made = compile(
-        captured,
-        changed.topology,
-        changed.workload,
-        constraints=changed.constraints,
-        mode=plan.mode,
-        name=plan.model.name,
-        **options,
-    )
     source = str(model) if isinstance(model, str) else plan.provenance.get("model", "")
-    said = {**({"model": source} if source else {}), **({"start": plan.digest} if warm else {})}
+    unused = ["other passes are given"] if "passes" in options else _planned_anew(plan, changed)
+
+    def planned(keep_towers: bool) -> Plan:
+        given = options
+        if not unused:
+            passes = _warm_passes(plan, changed, options.get("calibration"), unused, keep_towers)
+            given = {**options, "passes": price_over_arch(passes, source) if source else passes}
+        return compile(
+            captured,
+            changed.topology,
+            changed.workload,
+            constraints=changed.constraints,
+            mode=plan.mode,
+            name=plan.model.name,
+            **given,
+        )
+
+    towers = not unused and in_towers(plan) and changed.constraints.towers is not None
+    made = planned(towers)
+    if towers and not in_towers(made):  # the flat plan they were weighed against was looked for in passing
+        made = planned(keep_towers=False)
+    said = {"model": source} if source else {}
+    said |= {"anew": unused[0]} if unused else {"start": plan.digest}
     return replace(made, provenance={**made.provenance, **said})
 
 
-def _starts(plan: ir.plan.Plan, changed: Inputs) -> bool:
-    """Whether the plan's sharding helps with the changed inputs: flat tables, decided by sharding alone."""
+def in_towers(plan: ir.plan.Plan) -> bool:
+    """Whether the plan's towers are in force."""
+    return plan.decisions.towers is not None and plan.decisions.towers.applied
+
+
+def _planned_anew(plan: ir.plan.Plan, changed: Inputs) -> list[str]:
+    """Why the search does not start from the plan; nothing where it does."""
     from passes.assignment.solve import FEW_TABLES
 
-    limits, towers, machine = changed.constraints, plan.decisions.towers, changed.topology
-    there = (machine.world_size, machine.host_size) == (plan.world_size, plan.topology.host_size)
-    return (
-        len(plan.table_plans) > (0 if there else FEW_TABLES)
-        and limits.formats is None
-        and limits.tiers is None
-        and not (towers is not None and towers.applied)
-    )
+    machine, limits = changed.topology, changed.constraints
+    if (machine.world_size, machine.host_size) == (plan.world_size, plan.topology.host_size):
+        return [] if plan.table_plans else ["layouts of decoders are all looked at each time"]
+    if not plan.table_plans:
+        return ["layouts of decoders are all looked at each time"]
+    if in_towers(plan):
+        return ["towers are cut for the hosts that there are"]
+    if len(plan.table_plans) <= FEW_TABLES and limits.formats is None and limits.tiers is None:
+        return [f"{len(plan.table_plans)} tables on other ranks are searched as fast without a start"]
+    return []
 
 
-def _warm_passes(plan: ir.plan.Plan, changed: Inputs, calibration: Calibration | None) -> tuple[Pass, ...]:
+def _warm_passes(
+    plan: ir.plan.Plan,
+    changed: Inputs,
+    calibration: Calibration | None,
+    unused: list[str],
+    keep_towers: bool,
+) -> tuple[Pass, ...]:
+    """The pipeline that starts from the plan; what it could not use is noted in ``unused``."""
+    from passes.dense import DenseParallelism
     from passes.pipeline import pipeline
     from passes.relabel import Relabel
+    from passes.towers import KnownTowers, Towers
     from passes.warm_sharding import WarmSharding
 
-    limits, machine = changed.constraints, changed.topology
+    limits, machine, towers = changed.constraints, changed.topology, plan.decisions.towers
     pinned = frozenset(t.name for t in plan.table_plans if limits.for_table(t.name).ranks is not None)
     ranks = (plan.world_size, plan.topology.host_size)
-    named: list[Pass] = []
-    if machine.host_size == plan.topology.host_size:  # the first hosts stay
+    first = WarmSharding(plan.table_plans, ranks, calibration, plan.decisions.formats, unused)
+    if keep_towers:
+        first = replace(first, effort="quick")
+    named: list[Pass] = [first]
+    if machine.host_size == plan.topology.host_size and not keep_towers:  # the first hosts stay
         left = range(plan.world_size)
         survivors = tuple(rank if rank in left else -1 for rank in range(machine.world_size))
-        named = [Relabel(plan.table_plans, survivors, pinned)]
+        named.append(Relabel(plan.table_plans, survivors, pinned))
     made: list[Pass] = []
     for step in pipeline(calibration):
-        made += (
-            [WarmSharding(plan.table_plans, ranks, calibration), *named]
-            if step.name == "sharding"
-            else [step]
-        )
+        if isinstance(step, DenseParallelism):  # what does not start from the plan there is no matter
+            step = replace(step, placing=replace(first, unused=[]))
+        if isinstance(step, Towers) and keep_towers and towers is not None:
+            step = replace(step, known=KnownTowers(towers, plan.table_plans))
+        made += named if step.name == "sharding" else [step]
     return tuple(made)
 
 

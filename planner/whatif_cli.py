@@ -9,6 +9,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from ir.plan import Plan
     from planner.assumptions import Sensitivities
 
 
@@ -81,11 +82,30 @@ def _whatif(
         after.save(output)
     difference = diff_plans(before, after)
     if as_json:
-        click.echo(json.dumps(difference.to_dict()))
+        start = {key: after.provenance.get(key, "") for key in ("start", "anew")}
+        click.echo(json.dumps(difference.to_dict() | start))
     else:
         show(render_diff(difference))
+        click.echo(start_words(before, after))
         if output:
             click.echo(f"\nwritten to {output}")
+
+
+def start_words(before: Plan, after: Plan) -> str:
+    """How the second plan was looked for."""
+    from planner.what_if import in_towers
+
+    if "anew" in after.provenance:
+        return f"planned anew: {after.provenance['anew']}"
+    same = (before.world_size, before.topology.host_size) == (after.world_size, after.topology.host_size)
+    parts = ["shardings"]
+    parts += ["formats"] if before.decisions.formats is not None else []
+    parts += ["tiers"] if any(table.tiers is not None for table in before.table_plans) else []
+    parts += ["towers"] if in_towers(before) else []
+    have = ", ".join(parts[:-1]) + " and " * (len(parts) > 1) + parts[-1]
+    if same:
+        return f"searched from the plan's {have}: no worse than leaving all as it is, where that still fits"
+    return f"searched from the plan's {have}, placed on the new ranks"
 
 
 def _sensitivity_tables(found: Sensitivities) -> RenderableType:

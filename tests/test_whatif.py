@@ -19,15 +19,17 @@ from ir.collective_plan import CollectiveRequest
 from ir.compression import CompressionRequest
 from ir.dense_plan import DenseRequest
 from ir.errors import InputError
+from ir.format_plan import FormatRequest
 from ir.ops import EmbeddingTable
 from ir.program import Model
 from ir.serving import ServingRequest
+from ir.tier_plan import TierRequest
 from ir.towers import TowerRequest
 from passes.assignment import Option, Piece, Problem, solve
 from planner.assumption_prices import priced
 from planner.assumptions import sensitivity
 from planner.cli import cli
-from planner.what_if import Inputs, change, parse_settings, whatif
+from planner.what_if import Inputs, _planned_anew, change, parse_settings, whatif
 
 WORK = 0.3  # deterministic seconds of the solver: any plan will do
 
@@ -100,7 +102,7 @@ def test_whatif_is_what_compile_gives(plan: planner.Plan) -> None:
     assert made.timeline == direct.timeline
     there_and_back = whatif(made, {"hosts": "2"}, time_limit=WORK)
     assert there_and_back.table_plans == plan.table_plans
-    assert "start" not in there_and_back.provenance  # other ranks, and few tables: quicker planned anew
+    assert "searched as fast without a start" in there_and_back.provenance["anew"]
     with pytest.raises(InputError, match="not the model of the plan"):
         whatif(plan, {"hosts": "1"}, model="dlrm")
 
@@ -160,6 +162,74 @@ def test_with_the_same_ranks_it_starts_from_the_plan(plan: planner.Plan) -> None
     assert made.certificate.objective <= stayed * (1 + 1e-9)
     assert all(finding.ok for finding in planner.verify(made))
     assert made.digest == whatif(plan, change, time_limit=1e-9).digest
+
+
+SIX = Model("six", tuple(EmbeddingTable(f"t{n}", (n % 5 + 1) * 40_000, 32, (f"f{n}",)) for n in range(6)), ())
+WHOLE = {"*": planner.TableConstraint(sharding_types=("table_wise",))}
+
+
+def where_they_lie(plan: planner.Plan) -> dict[str, planner.TableConstraint]:
+    """Constraints that leave whole tables on their ranks."""
+    return {
+        t.name: planner.TableConstraint(sharding_types=("table_wise",), ranks=(t.shards[0].rank,))
+        for t in plan.table_plans
+    }
+
+
+def searched_from(plan: planner.Plan, **settings: str) -> planner.Plan:
+    made = whatif(
+        plan, {key.replace("_", "."): value for key, value in settings.items()}, model=SIX, time_limit=WORK
+    )
+    assert "start" in made.provenance
+    assert [finding for finding in planner.verify(made) if not finding.ok] == []
+    return made
+
+
+def test_formats_start_from_the_plan() -> None:
+    """On the same ranks no worse than each tensor in its format on its rank, which planning anew is held to."""
+    traffic = {"traffic.*": ("fp32",)}
+    asked = FormatRequest(average_bits=20.0, formats={"table": ("fp32", "fp16", "bf16")}, rules=traffic)
+    limits = planner.Constraints(tables=WHOLE, formats=asked)
+    fed = planner.Workload(4096)
+    plan = planner.compile(SIX, slow("h100-2x2", 1e9), fed, constraints=limits, time_limit=WORK)
+    section = plan.decisions.formats
+    assert section is not None
+    assert {table.format for table in plan.table_plans} - {"fp32"}
+    other = searched_from(plan, link_inter="3GB/s", batch="8192")
+    rules: dict[str, tuple[str, ...]] = {tensor.name: (tensor.format,) for tensor in section.tensors}
+    pinned = planner.Constraints(tables=where_they_lie(plan), formats=replace(asked, rules=rules))
+    stayed = planner.compile(SIX, other.topology, other.workload, constraints=pinned, time_limit=WORK)
+    assert other.certificate.objective <= stayed.certificate.objective * (1 + 1e-9)
+    assert searched_from(plan, hosts="4").world_size == 8
+
+
+def test_tiers_start_from_the_plan() -> None:
+    """Memory for six tenths of the tables: the rest lies in the host's."""
+    limits = planner.Constraints(
+        tables=WHOLE, tiers=TierRequest(), memory_limit=int(SIX.embedding_params * 0.6), memory_reserve=0.0
+    )
+    plan = planner.compile(
+        SIX, slow("h100-2x2", 1e9), planner.Workload(4096), constraints=limits, time_limit=WORK
+    )
+    assert any(table.tiers is not None for table in plan.table_plans)
+    other = searched_from(plan, link_inter="3GB/s")
+    anew = planner.compile(SIX, other.topology, plan.workload, constraints=limits, time_limit=WORK)
+    assert other.certificate.objective <= anew.certificate.objective * 1.02
+    assert other.certificate.lower_bound == pytest.approx(anew.certificate.lower_bound, rel=1e-6)
+    assert searched_from(plan, hosts="4").world_size == 8
+
+
+def test_towers_are_kept() -> None:
+    made = towered()
+    other = whatif(made, {"link.inter": "0.5GB/s", "link.intra": "100GB/s"}, time_limit=WORK)
+    assert made.decisions.towers is not None
+    assert other.decisions.towers is not None
+    assert [t.tables for t in other.decisions.towers.towers] == [
+        t.tables for t in made.decisions.towers.towers
+    ]
+    assert "start" in other.provenance
+    assert all(finding.ok for finding in planner.verify(other))
+    assert "towers are cut for" in _planned_anew(made, changed(made, "hosts=4"))[0]
 
 
 @pytest.mark.parametrize("bucket", [None, 2**21])
