@@ -19,6 +19,7 @@ from cost_models.growth import move_bytes
 from ir.constraints import Constraints, TableConstraint
 from ir.dense_plan import DensePlan
 from ir.errors import InputError
+from ir.format_plan import FormatPlan, TensorFormat
 from ir.growth import Growth, GrowthPhase, GrowthRequest
 from ir.plan import Plan
 from passes.growth import difference
@@ -141,6 +142,26 @@ def test_layers_of_a_phase_compute_in_its_format_while_tables_move() -> None:
         effect = max(effect, float((wide[name] - reference[name]).abs().max()))
     assert effect > 1e-4
     assert apart < effect / 5  # sums in another order are rounded to another neighbour now and then
+
+
+def test_half_tables_move_with_their_states() -> None:
+    """Fused kernels keep float32 states of them, the optimizer of copies has halves: states change type as they move."""
+    plain = moving(KINDS[:2], "adagrad", gemms=("bf16",))
+    tensors = tuple(TensorFormat(t.name, "table", "fp16", 1.0, 16.0, 0.0) for t in plain.table_plans)
+    layers = tuple(
+        TensorFormat(f"top_0.{what}", kind, "mx9", 1.0, 9.0, 0.0)
+        for what, kind in (("weight", "weight"), ("input", "activation"))
+    )
+    formats = FormatPlan("step", 0.0, 0.0, 0.0, 0.0, 16.0, 0.0, 0.0, "", (*tensors, *layers))
+    tables = tuple(replace(table, format="fp16") for table in plain.table_plans)
+    half = replace(plain, table_plans=tables, decisions=replace(plain.decisions, formats=formats))
+    wide, narrow = (
+        launch("tests.growth_ranks:phased", 2, {"plan": plan.to_dict()}, timeout=240)[0]
+        for plan in (plain, half)
+    )
+    assert narrow["losses"] == pytest.approx(wide["losses"], abs=1e-4)
+    assert narrow["losses"] != wide["losses"]
+    assert wide["received"] / 2 <= narrow["received"] < wide["received"]
 
 
 def test_what_cannot_be_resized_is_refused() -> None:

@@ -39,12 +39,15 @@ def reshard(old: Mapping[str, Any], new: Mapping[str, Any], group: Any = None) -
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     held = [{name: [block for block, _ in _blocks(value)] for name, value in of.items()} for of in (old, new)]
     copied = {name for name, value in old.items() if not hasattr(value, "local_shards")}
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, held, group=group)
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, (held, {name: value.dtype for name, value in old.items()}), group=group)
+    everyone = [blocks for blocks, _ in told]
+    kinds = {name: kind for _, types in reversed(told) for name, kind in types.items()}
     received = 0
     for name in sorted({name for _, after in everyone for name in after}):
         parts = _parts(name, everyone, name in copied)
-        received += _exchange(old.get(name), new.get(name), parts, (rank, world, group))
+        place = rank, world, group
+        received += _exchange(old.get(name), new.get(name), parts, kinds.get(name, torch.float32), place)
     return received
 
 
@@ -82,11 +85,17 @@ def _common(one: Block, other: Block) -> Block | None:
     return low, tuple(b - a for a, b in zip(low, high, strict=True))
 
 
-def _exchange(old: Any, new: Any, parts: list[_Part], place: tuple[int, int, Any]) -> int:
-    """Move the parts of one tensor; bytes received from others."""
+def _exchange(old: Any, new: Any, parts: list[_Part], kind: torch.dtype, place: tuple[int, int, Any]) -> int:
+    """Move the parts of one tensor, in the type that it has had; bytes received from others.
+
+    Optimizers keep states of half tables in another type where a kernel is fused than where every rank has a copy.
+    """
     rank, world, group = place
     mine = _blocks(old) if old is not None else []
-    kind = next((tensor for _, tensor in (*mine, *(_blocks(new) if new is not None else []))), torch.empty(0))
+    known = next(
+        (tensor for _, tensor in (*mine, *(_blocks(new) if new is not None else []))), torch.empty(0)
+    )
+    nothing = known.new_empty(0, dtype=kind)
     sent = [[_of(mine, part).reshape(-1) for part in parts if (part.source, part.target) == (rank, other)]
             for other in range(world)]  # fmt: skip
     coming = [
@@ -94,9 +103,9 @@ def _exchange(old: Any, new: Any, parts: list[_Part], place: tuple[int, int, Any
     ]
     counts = [sum(_count(part.block) for part in some) for some in coming]
     if all(part.source == part.target for part in parts):
-        arrived = torch.cat([kind.new_empty(0), *(piece for some in sent for piece in some)])
+        arrived = torch.cat([nothing, *(piece for some in sent for piece in some)])
     else:
-        outgoing = torch.cat([kind.new_empty(0), *(piece for some in sent for piece in some)])
+        outgoing = torch.cat([nothing, *(piece for some in sent for piece in some)])
         arrived = outgoing.new_empty(sum(counts))
         dist.all_to_all_single(
             arrived, outgoing, counts, [sum(piece.numel() for piece in some) for some in sent], group=group
@@ -106,7 +115,7 @@ def _exchange(old: Any, new: Any, parts: list[_Part], place: tuple[int, int, Any
         size = _count(part.block)
         _of(targets, part).copy_(arrived[at : at + size].view(part.block[1]))
         at += size
-    return int((sum(counts) - counts[rank]) * kind.element_size())
+    return int((sum(counts) - counts[rank]) * nothing.element_size())
 
 
 def _of(blocks: list[tuple[Block, Tensor]], part: _Part) -> Tensor:
