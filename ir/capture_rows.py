@@ -60,7 +60,10 @@ class RowRules:
             return self._module_by_row(self.module.get_submodule(str(node.target)))
         if node.op == "call_function" and node.target is operator.getitem:
             # one of several results, such as attention's output, or a slice of a tensor
-            several = self.shape(node.args[0]) is None and isinstance(node.args[1], int)  # type: ignore[arg-type]
+            source = node.args[0]
+            several = (
+                isinstance(source, fx.Node) and self.shape(source) is None and isinstance(node.args[1], int)
+            )
             return jagged or several or self._slice_keeps_rows(node, held)
         if node.op == "call_function" and node.target is F.embedding_bag:
             return jagged or self._leading(node, held)
@@ -79,12 +82,12 @@ class RowRules:
             dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", missing)
             return self._not_samples(node, held, dim)
         if target in _MOVES:
-            return all(
-                self._not_samples(node, held, node.args[p]) for p in _MOVES[target] if len(node.args) > p
-            )
+            dims = [node.args[p] for p in _MOVES[target] if len(node.args) > p]
+            return len(dims) == 2 and self._not_samples(node, held, dims)
         if target in _PRODUCTS:
-            second = node.args[1]
-            assert isinstance(second, fx.Node)
+            second = node.args[1] if len(node.args) > 1 else None
+            if not isinstance(second, fx.Node):
+                return False
             return second not in held or len(self.shape(second) or ()) >= 3
         return target is F.scaled_dot_product_attention and not node.kwargs.get("dropout_p")
 

@@ -107,12 +107,14 @@ class Normalised(nn.Module):
             x = x - x.mean(0)
         elif self.how == "transpose":
             x = x.transpose(0, 1).softmax(-1).transpose(0, 1)
+        elif self.how == "moved":
+            x = torch.transpose(torch.transpose(x, dim0=0, dim1=1).softmax(-1), dim0=0, dim1=1)
         elif self.how == "gram":
             x = torch.matmul(torch.matmul(x, x.transpose(0, 1)), x)
         return x + dense
 
 
-@pytest.mark.parametrize("how", ["norm", "softmax", "mean", "transpose", "gram"])
+@pytest.mark.parametrize("how", ["norm", "softmax", "mean", "transpose", "moved", "gram"])
 def test_what_mixes_samples_runs_on_all_of_them(how: str) -> None:
     torch.manual_seed(0)
     model = Normalised(how)
