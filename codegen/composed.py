@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codegen.dense import groups_of
+from codegen.torchrec_check import group_for
 from ir.compression import CODECS, Compression, Direction, codec_of
 from ir.errors import InputError
 from ir.formats import parse_format
@@ -221,12 +222,7 @@ def composed_model(
         )
     if kernel not in ("fused", "rows"):
         raise InputError(f"kernel must be 'fused' or 'rows', not {kernel!r}")
-    group = process_group if process_group is not None else dist.group.WORLD
-    if dist.get_world_size(group) != plan.world_size:
-        raise InputError(
-            f"the plan is for {plan.world_size} ranks but {dist.get_world_size(group)} run; start "
-            f"{plan.world_size} processes or compile for another topology"
-        )
+    group = group_for(plan, process_group)
     name: Optimizer = optimizer or plan.workload.optimizer
     towers = plan.decisions.towers
     decision = towers if towers is not None and towers.applied else flat_tower(plan)

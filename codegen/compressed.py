@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from codegen.torchrec_check import Collection, check, collections_of, locate
+from codegen.torchrec_check import Collection, check, collections_of, group_for, locate
 from ir.compression import CodecName, Compression, Direction, torchrec_refuses
 from ir.errors import InputError
 from ir.plan import Plan
@@ -151,17 +151,12 @@ def compressed_model(
     Raises:
         InputError: the plan is not for this module or group, or has tables that the exchange does not run.
     """
-    import torch.distributed as dist
 
     from codegen.runtime.compressed_exchange import ShardedEmbeddings, pieces_of
     from codegen.runtime.compressed_lookup import Update
     from codegen.runtime.optimizers import ordinary_optimizers
 
-    group = process_group if process_group is not None else dist.group.WORLD
-    if dist.get_world_size(group) != plan.world_size:
-        raise InputError(
-            f"the plan is for {plan.world_size} ranks but {dist.get_world_size(group)} run; start as many processes"
-        )
+    group = group_for(plan, process_group)
     name: Optimizer = optimizer or plan.workload.optimizer
     check(plan, module, device="cpu", optimizer=name)
     collections = collections_of(module)

@@ -17,6 +17,7 @@ from ir.plan import Plan, TablePlan
 from ir.workload import Optimizer
 
 if TYPE_CHECKING:
+    import jinja2
     from torch import nn
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -44,8 +45,6 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         InputError: the model cannot be built, is another one than the plan's, or TorchRec cannot run the
             plan; or the model's inputs are neither floating tensors nor one ``KeyedJaggedTensor``.
     """
-    import jinja2
-
     options = dict(options or {})
     module, inputs = _declare(model, options)
     device = "cpu" if plan.topology.device.kind == "cpu" else "cuda"
@@ -61,15 +60,7 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         tables.append((config.name, *row))
     optimizer = plan.workload.optimizer
     counterpart: Optimizer = "adagrad" if optimizer == "rowwise_adagrad" else optimizer
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # the output is Python; names are quoted by tojson
-    )
-    return environment.get_template("torchrec.py.j2").render(
+    return _template("torchrec.py.j2").render(
         model_name=_plain(plan.model.name),
         world_size=entire.world_size,
         hosts=entire.topology.hosts,
@@ -95,6 +86,21 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         wire=wire_types(plan, device),
         **script_values(entire),
     )
+
+
+def _template(name: str) -> jinja2.Template:
+    """A template of a script."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # the output is Python; names are quoted by tojson or repr
+    )
+    return environment.get_template(name)
 
 
 def script_limits(plan: Plan) -> tuple[str, ...]:

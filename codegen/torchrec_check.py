@@ -89,6 +89,19 @@ def check(
         _check_module(plan, collections_of(module))
 
 
+def group_for(plan: Plan, process_group: Any = None) -> Any:
+    """The group to run on, by default of all processes; raises InputError unless it is as large as the plan's world."""
+    import torch.distributed as dist
+
+    group = process_group if process_group is not None else dist.group.WORLD
+    if dist.get_world_size(group) != plan.world_size:
+        raise InputError(
+            f"the plan is for {plan.world_size} ranks but {dist.get_world_size(group)} run; start "
+            f"{plan.world_size} processes or compile for another topology"
+        )
+    return group
+
+
 def notes(plan: Plan, optimizer: Optimizer | None = None) -> tuple[str, ...]:
     """Where TorchRec's mathematics differs from one device's by construction, one sentence each."""
     name = optimizer or plan.workload.optimizer

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from codegen.script import _build_lines, _declare, _features, _inputs, _plain
+from codegen.script import _build_lines, _declare, _features, _inputs, _plain, _template
 from codegen.towers import applied_towers, lookup_node, trace_model
 from ir.plan import Plan
 
-_TEMPLATES = Path(__file__).with_name("templates")
 _DEFAULT_LR = 0.01
 
 
@@ -26,22 +24,12 @@ def emit_towers(plan: Plan, model: str, options: dict[str, Any] | None = None) -
         InputError: the plan has no towers, the model's lookup cannot be replaced, or its inputs are neither
             floating tensors nor one ``KeyedJaggedTensor``.
     """
-    import jinja2
-
     decision = applied_towers(plan)
     options = dict(options or {})
     module, inputs = _declare(model, options)
     lookup_node(trace_model(module))
     dense, arguments = _inputs(module, inputs)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # the output is Python; names are quoted by tojson and repr
-    )
-    return environment.get_template("towers.py.j2").render(
+    return _template("towers.py.j2").render(
         model_name=_plain(plan.model.name),
         towers=len(decision.towers),
         module=decision.module,

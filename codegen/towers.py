@@ -24,6 +24,7 @@ from codegen.runtime.towers.layout import TowerLayout, tower_layout
 from codegen.runtime.towers.lookup import make_lookup
 from codegen.runtime.towers.modules import TowerModule
 from codegen.runtime.towers.sptt import TowerLookup, make_groups
+from codegen.torchrec_check import group_for
 from ir.capture_trace import PlannerTracer
 from ir.errors import InputError
 from ir.plan import Plan
@@ -221,12 +222,7 @@ def tower_model(
             cannot be replaced.
     """
     decision = applied_towers(plan)
-    group = process_group if process_group is not None else dist.group.WORLD
-    if dist.get_world_size(group) != plan.world_size:
-        raise InputError(
-            f"the plan is for {plan.world_size} ranks but {dist.get_world_size(group)} run; start "
-            f"{plan.world_size} processes or compile for another topology"
-        )
+    group = group_for(plan, process_group)
     if kernel not in ("fused", "dense"):
         raise InputError(f"kernel must be 'fused' or 'dense', not {kernel!r}")
     graph = trace_model(module)

@@ -66,6 +66,11 @@ def stream_seconds(read: float, written: float, device: Device, calibration: Cal
     return moved / calibration.stream_efficiency + calibration.kernel_seconds
 
 
+def sgd_seconds(params: float, device: Device, calibration: Calibration) -> float:
+    """Seconds of plain SGD on so many parameters: weights and gradients are read and weights written, all in fp32."""
+    return stream_seconds(8 * params, 4 * params, device, calibration)
+
+
 def op_seconds(
     op: Op, samples: float, input_bytes: float, dtype: str, device: Device, calibration: Calibration
 ) -> float:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cost_models.calibration import Calibration
-from cost_models.compute import BACKWARD_FACTOR, stream_seconds
+from cost_models.compute import BACKWARD_FACTOR, sgd_seconds
 from cost_models.dense import DenseLayout, in_order, unit_params
 from cost_models.timeline import TimedOp
 from ir.ops import Op
@@ -155,9 +155,8 @@ def sharded_ops(
         ops.append(TimedOp("gradient_dist", "network", phase_seconds["gradient_dist"], (last,)))
     reduce("rest", rest * item, last)
     ops.append(TimedOp("lookup_backward", "compute", phase_seconds["lookup_backward"], ("gradient_dist",)))
-    # plain SGD of this rank's share: read weight and gradient, write weight, all fp32
     params = (sum(sizes) + rest) / dense.layout.shard
-    update = stream_seconds(8 * params, 4 * params, topology.device, calibration)
+    update = sgd_seconds(params, topology.device, calibration)  # of this rank's share
     ops.append(TimedOp("dense_update", "compute", update, tuple(reduced)))
     return ops
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cost_models.calibration import Calibration
-from cost_models.compute import BACKWARD_FACTOR, stream_seconds
+from cost_models.compute import BACKWARD_FACTOR, sgd_seconds
 from cost_models.dense import in_order
 from cost_models.timeline import TimedOp
 from ir.dense_plan import DensePlan, TensorPair
@@ -220,8 +220,7 @@ def tensor_ops(
     split = pair_params(dense.plan.pairs)
     params = model.dense_params - split + split / dense.plan.tensor
     reduced = tuple(op.name for op in ops if op.name.startswith(("all_reduce", "shard_all_reduce")))
-    # plain SGD of this rank's share: read weight and gradient, write weight, all fp32
-    update = stream_seconds(8 * params, 4 * params, topology.device, calibration)
+    update = sgd_seconds(params, topology.device, calibration)  # of this rank's share
     ops.append(TimedOp("dense_update", "compute", update, reduced))
     return ops
 

@@ -21,7 +21,6 @@ TENSOR_SCALE_BYTES = 4  # NVFP4's second level: one float32 for the tensor
 TBE_GPU_ROW_ALIGNMENT = (
     16  # bytes; FBGEMM rounded_row_size_in_bytes, split_table_batched_embeddings_ops_inference
 )
-TBE_CPU_ROW_ALIGNMENT = 1  # bytes; the same, with use_cpu
 
 # QSNR in dB on 2^24 draws of a standard normal, rows of 128 elements (fp8_tensor: one tensor):
 # measured with `python benchmarks/quantizers.py --table`, seed 0

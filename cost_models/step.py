@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from cost_models.calibration import Calibration
 from cost_models.collectives import all_reduce, network
-from cost_models.compute import BACKWARD_FACTOR, input_bytes, op_seconds, stream_seconds
+from cost_models.compute import BACKWARD_FACTOR, input_bytes, op_seconds, sgd_seconds
 from cost_models.dense_step import ShardedDense, sharded_ops
 from cost_models.dense_tensor import TensorDense, tensor_ops
 from cost_models.gemm_formats import format_seconds
@@ -46,6 +46,11 @@ class DenseReduction:
 
     bucket_bytes: float
     price: Callable[[float], dict[str, float]]
+
+    def op(self, name: str, size: float, after: str) -> TimedOp:
+        """The all-reduce of a bucket of ``size`` bytes, once ``after`` has filled it."""
+        terms = self.price(size)
+        return TimedOp(name, "network", sum(terms.values()), (after,), terms)
 
 
 def ring_reduction(topology: Topology, calibration: Calibration) -> DenseReduction:
@@ -181,8 +186,7 @@ def _backward(
     def reduce(name: str, part: Sequence[Op], after: str) -> None:
         size = sum(op.params for op in part) * item
         if size > 0 and topology.world_size > 1:
-            terms = reduction.price(size)
-            ops.append(TimedOp(name, "network", sum(terms.values()), (after,), terms))
+            ops.append(reduction.op(name, size, after))
             reduced.append(name)
 
     # buckets follow the backward pass and may span the top and the bottom, as DDP's do
@@ -203,7 +207,6 @@ def _backward(
         reduce(f"all_reduce_{index}", bucket, last)
     ops.append(TimedOp("lookup_backward", "compute", phase_seconds["lookup_backward"], ("gradient_dist",)))
     params = float(sum(op.params for op in (*bottom, *top)))
-    # plain SGD of the dense part: read weight and gradient, write weight, all fp32
-    update = stream_seconds(8 * params, 4 * params, topology.device, calibration)
+    update = sgd_seconds(params, topology.device, calibration)
     ops.append(TimedOp("dense_update", "compute", update, tuple(reduced)))
     return ops

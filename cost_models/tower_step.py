@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cost_models.calibration import Calibration
-from cost_models.compute import BACKWARD_FACTOR, stream_seconds
+from cost_models.compute import BACKWARD_FACTOR, sgd_seconds
 from cost_models.dense_step import ShardedDense, sharded_ops
 from cost_models.gemm_formats import format_seconds
 from cost_models.step import DenseReduction, dense_seconds, ring_reduction
@@ -159,8 +159,7 @@ def _backward(
 
     def reduce(name: str, params: float, after: str) -> None:
         if params > 0 and topology.world_size > 1:
-            terms = reduction.price(params * item)
-            ops.append(TimedOp(name, "network", sum(terms.values()), (after,), terms))
+            ops.append(reduction.op(name, params * item, after))
             reduced.append(name)
 
     last, waiting = "top_forward", 0.0
@@ -184,7 +183,6 @@ def _backward(
         reduced.append("tower_reduce")
     ops.append(TimedOp("lookup_backward", "compute", phases["lookup_backward"], ("in_tower_gradient",)))
     params = float(sum(op.params for op in (*bottom, *top)))
-    # plain SGD of the dense part: read weight and gradient, write weight, all fp32
-    update = stream_seconds(8 * params, 4 * params, topology.device, calibration)
+    update = sgd_seconds(params, topology.device, calibration)
     ops.append(TimedOp("dense_update", "compute", update, tuple(reduced)))
     return ops

@@ -37,7 +37,6 @@ ScaleMode = Literal["none", "floor", "even", "rceil", "ceil"]
 Rounding = Literal["even", "away"]
 NonFinite = Literal["ieee", "nan_block"]
 
-E8M0_BIAS = 127  # OCP MX v1.0, section 5.4.1: scale = 2^(byte - 127)
 E8M0_NAN = 255  # OCP MX v1.0, section 5.4.1; every element of such a block is NaN
 # elements of a block and bytes that rows are padded to: hundreds of times what any format in use has, and small
 # enough that a short row can be padded to it

@@ -51,13 +51,6 @@ class FeatureStats:
     unique_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0  # distinct rows / ids, one global batch
     weighted: bool = False  # per-sample weights travel with the ids
 
-    def hot_fraction(self, accesses: float) -> float:
-        """Fraction of rows (hottest first) that serve the fraction ``accesses``; uniform when unknown."""
-        if not self.icdf:
-            return accesses
-        steps = len(self.icdf) - 1
-        return float(np.interp(accesses * steps, np.arange(steps + 1), np.asarray(self.icdf)))
-
     def hit_rate(self, rows: float) -> float:
         """Fraction of accesses served by the hottest fraction ``rows`` of the rows."""
         if not self.icdf:

@@ -28,7 +28,6 @@ from ir.errors import InfeasibleError
 from ir.format_plan import FormatRequest, LossChange
 from ir.program import Program
 from ir.tier_plan import TierRequest
-from ir.units import format_bytes
 from ir.workload import ExchangeType
 from passes.assignment import Option
 from passes.assignment.column_generation import Frame, Menu, Relaxation, relax
@@ -37,7 +36,7 @@ from passes.assignment.master import Duals
 from passes.dense_formats import DenseFormats, DenseMember
 from passes.format_menu import FormatMenu
 from passes.joint_menus import Chosen, MenuMaker, TableClass
-from passes.sharding_prices import memory_limit
+from passes.sharding_prices import room_beside
 from passes.tier_mixtures import with_mixtures
 from passes.tier_options import Resource, TierModel
 
@@ -212,18 +211,10 @@ def _capacity(program: Program, members: Sequence[DenseMember]) -> float:
     """Bytes of a rank for what is decided here; raises InfeasibleError when the dense part leaves none."""
     mode = program.options.mode
     dense = sum(planned_dense_memory(program).values())
-    limit = memory_limit(program)
     if mode == "inference" and members:
         # these weights are members of the problem
         dense -= MASTER_BYTES * sum(op.params for op in program.model.ops if op.gemm is not None)
-    if dense >= limit:
-        raise InfeasibleError(
-            f"the dense part alone needs {format_bytes(dense)} on every rank, the hbm_budget is "
-            f"{format_bytes(limit)}; use a smaller batch, more ranks or less memory_reserve",
-            conflict=("hbm_budget",),
-            relaxation=f"{format_bytes(dense - limit)} more memory a rank",
-        )
-    return float(limit - dense)
+    return room_beside(dense, program)
 
 
 def _plain_dense(program: Program, calibration: Calibration, members: Sequence[DenseMember]) -> float:

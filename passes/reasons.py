@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ir.plan import Alternative, TablePlan
 from ir.units import format_seconds
-from passes.assignment import Problem, Solution, alternatives, runner_up
+from passes.assignment import Problem, Solution, runner_up
 
 # Below this relative difference two options cost the same for the step.
 _TIE = 1e-6
@@ -35,26 +35,6 @@ def explain_tables(
             )
         )
     return tuple(explained)
-
-
-def table_alternatives(problem: Problem, solution: Solution, index: int) -> list[Alternative]:
-    """Every option of one table that was not chosen, with the objective it would give."""
-    objectives = alternatives(problem, solution, index)
-    others = []
-    for position, option in enumerate(problem.options[index]):
-        if position == solution.choice[index]:
-            continue
-        objective = objectives[position]
-        others.append(
-            Alternative(
-                option=option.label,
-                objective=objective,
-                delta=None if objective is None else objective - solution.objective,
-                terms=_own_seconds(problem, index, position),
-                note="does not fit beside the other tables" if objective is None else "",
-            )
-        )
-    return others
 
 
 def _own_seconds(problem: Problem, index: int, position: int) -> dict[str, float]:

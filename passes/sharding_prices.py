@@ -51,6 +51,19 @@ def memory_limit(program: Program) -> int:
     return int(capacity * (1 - constraints.memory_reserve))
 
 
+def room_beside(dense: float, program: Program) -> float:
+    """Bytes of each rank that a dense part of ``dense`` bytes leaves; raises InfeasibleError where there are none."""
+    limit = memory_limit(program)
+    if dense >= limit:
+        raise InfeasibleError(
+            f"the dense part alone needs {format_bytes(dense)} on every rank, the hbm_budget is "
+            f"{format_bytes(limit)}; use a smaller batch, more ranks or less memory_reserve",
+            conflict=("hbm_budget",),
+            relaxation=f"{format_bytes(dense - limit)} more memory a rank",
+        )
+    return float(limit - dense)
+
+
 def price_options(
     program: Program, table: EmbeddingTable, calibration: Calibration
 ) -> tuple[PricedOption, ...]:
@@ -83,14 +96,7 @@ def sharding_problem(program: Program, calibration: Calibration) -> ShardingProb
     """
     topology, model, constraints = program.topology, program.model, program.options.constraints
     dense = sum(planned_dense_memory(program).values())
-    limit = memory_limit(program)
-    if dense >= limit:
-        raise InfeasibleError(
-            f"the dense part alone needs {format_bytes(dense)} on every rank, the hbm_budget is "
-            f"{format_bytes(limit)}; use a smaller batch, more ranks or less memory_reserve",
-            conflict=("hbm_budget",),
-            relaxation=f"{format_bytes(dense - limit)} more memory a rank",
-        )
+    room = room_beside(dense, program)
     by_phase = program.options.objective == "phases"
     options = tuple(price_options(program, table, calibration) for table in model.tables)
     problem = Problem(
@@ -101,7 +107,7 @@ def sharding_problem(program: Program, calibration: Calibration) -> ShardingProb
         ),
         hosts=topology.hosts,
         host_size=topology.host_size,
-        capacity=float(limit - dense),
+        capacity=room,
         phases=PHASES if by_phase else ("all phases",),
     )
     return ShardingProblem(problem, options, dense)

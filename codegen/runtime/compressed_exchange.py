@@ -145,20 +145,6 @@ class ShardedEmbeddings(nn.Module):
         self.step = 0
         self.traffic = (Traffic(), Traffic())
 
-    @classmethod
-    def from_plan(
-        cls,
-        plan: Plan,
-        weights: Mapping[str, Tensor] | None = None,
-        *,
-        group: Any = None,
-        sparse: bool = False,
-        update: Update | None = None,
-    ) -> ShardedEmbeddings:
-        """The module that ``plan`` describes, under its compression section if it has one."""
-        section = plan.decisions.compression
-        return cls(pieces_of(plan), weights, section, group=group, sparse=sparse, update=update)
-
     def forward(self, ids: Mapping[str, Ids]) -> dict[str, Tensor]:
         """Feature -> (samples, dim) of feature -> (ids, ids of each sample); see :meth:`start`."""
         return self.start(ids).wait()

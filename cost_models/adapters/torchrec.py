@@ -22,7 +22,6 @@ from ir.errors import InfeasibleError, InputError
 Objective = Literal["total", "total+input"]
 
 ALIGNMENT = 4  # column widths are multiples of 4 (torchrec.distributed.sharding_plan._find_base_dim)
-DEFAULT_MIN_PARTITION = 128  # MIN_CW_DIM in torchrec.distributed.planner.constants
 HBM_KERNELS = ("fused",)
 SPILL_KERNELS = ("fused_uvm_caching", "fused_uvm")
 

@@ -12,7 +12,7 @@ flash       PyTorch's CPU flash kernel (all floating types), or its CUDA flash k
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from codegen.runtime.context_parallel.merge import Accumulator, work_dtype
 from codegen.runtime.context_parallel.pieces import Mask, Piece
 from ir.errors import InputError, did_you_mean
 
-KernelName = Literal["auto", "flash", "blockwise"]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 # Scores held at once, all heads of a tile together: 16 MiB in fp32, about the share of L2/L3 of one core.

@@ -155,12 +155,6 @@ class InverseKeyedJaggedTensor:
         )
         return cls(tuple(kjt.keys()), made, int(inverse.shape[1]))
 
-    @property
-    def index_bytes(self) -> int:
-        """Bytes of ids, lengths and weights that travel."""
-        tensors = [t for g in self.groups for t in (*g.values, *g.lengths, *(g.weights or ()))]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
 
 def _weights(parts: Sequence[Any]) -> tuple[Tensor, ...] | None:
     found = [part.weights_or_none() for part in parts]
