@@ -46,6 +46,7 @@ def _costs(diff: PlanDiff) -> RenderableType:
     row("tokens/s" if decoders else "samples/s", format_count, *diff.rate)
     if diff.objectives[0] == diff.objectives[1]:
         what = objective_words(diff.objectives[0])
+        what = "objective (nothing but fetches hidden)" if what == "step" else what
         row(what, format_seconds if not what.startswith("devices") else "{:.0f}".format, *diff.objective)
     costs.add_row("proved gap", *(f"{100 * gap:.2f} %" for gap in diff.gap), "")
     for name, pair in diff.phases.items():

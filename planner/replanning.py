@@ -144,7 +144,7 @@ def received(old: ir.plan.Plan, new: ir.plan.Plan, survivors: Sequence[int]) -> 
         for table in new.table_plans:
             before = old.tables.get(table.name)
             held = before.on_rank(was) if before is not None and was >= 0 else ()
-            item = _bytes_per_weight(table)
+            item = _bytes_per_weight(table) if table.tiers is None else _tiered_bytes(new, table)
             for shard in table.on_rank(rank):
                 kept = sum(common_weights(shard, other) for other in held)
                 mine += round((shard.rows * shard.cols - kept) * item)
@@ -160,6 +160,16 @@ def _bytes_per_weight(table: TablePlan) -> float:
     if table.shards[0].rank == EVERY_RANK:
         copies = table.memory.get("weights", 0) // 4 or copies
     return stored / copies if copies else 0.0
+
+
+def _tiered_bytes(plan: ir.plan.Plan, table: TablePlan) -> float:
+    """As :func:`_bytes_per_weight` for a table in tiers, whose memory on the device is not all of it."""
+    from cost_models.embedding import state_bytes, stored_bytes
+
+    row = stored_bytes(table.format or table.dtype, table.dim)
+    if plan.mode == "train":
+        row += state_bytes(plan.workload.optimizer, table.dim, table.state_format or "fp32")
+    return row / table.dim
 
 
 def _candidates(

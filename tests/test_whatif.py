@@ -29,6 +29,7 @@ from passes.assignment import Option, Piece, Problem, solve
 from planner.assumption_prices import priced
 from planner.assumptions import sensitivity
 from planner.cli import cli
+from planner.replanning import received
 from planner.what_if import Inputs, _planned_anew, change, parse_settings, whatif
 
 WORK = 0.3  # deterministic seconds of the solver: any plan will do
@@ -212,6 +213,10 @@ def test_tiers_start_from_the_plan() -> None:
         SIX, slow("h100-2x2", 1e9), planner.Workload(4096), constraints=limits, time_limit=WORK
     )
     assert any(table.tiers is not None for table in plan.table_plans)
+    assert received(plan, plan, range(4)) == (0, 0)
+    # rows in the host's memory move as those of the device do: all of it to a machine that is new
+    row = 32 * 4 * 2  # weights and the state of Adagrad
+    assert received(plan, plan, [-1] * 4)[0] == pytest.approx(SIX.embedding_params // 32 * row)
     other = searched_from(plan, link_inter="3GB/s")
     anew = planner.compile(SIX, other.topology, plan.workload, constraints=limits, time_limit=WORK)
     assert other.certificate.objective <= anew.certificate.objective * 1.02
