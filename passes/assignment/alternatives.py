@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from passes.assignment.compiled import Choice, compile_option
+from passes.assignment.compiled import HOST, Choice, compile_option
 from passes.assignment.insertion import State, insert, peak_price
 from passes.assignment.problem import Floats, Option, Problem, Solution
 
@@ -63,7 +63,7 @@ def runner_up(
     for j in sorted(floors, key=lambda j: (floors[j], j)):
         if best is not None and floors[j] >= best[0]:
             break
-        objective = _objective(problem, state, options[j], left)
+        objective = _objective(problem, state, options[j], left, peaks)
         if objective is not None and (best is None or rank(objective, j) < best[0]):
             best = rank(objective, j), j, objective
     return None if best is None else (best[1], best[2])
@@ -103,10 +103,15 @@ def _fixed(option: Option, phases: int) -> list[float]:
     return [sum(piece.load[k] * piece.count for piece in pieces) for k in range(phases)]
 
 
-def _objective(problem: Problem, state: State, option: Option, left: Floats) -> float | None:
+def _objective(
+    problem: Problem, state: State, option: Option, left: Floats, peaks: Floats | None = None
+) -> float | None:
+    """Seconds with the option placed best; ``peaks`` (K,) of the state spare the search where nothing grows."""
     choice = _compiled(problem, option)
     if (np.asarray(choice.cost) > left).any():
         return None  # a budget would be exceeded
+    if peaks is not None and _has_room(problem, state, choice, peaks):
+        return float((peaks + np.asarray(_fixed(option, len(peaks)))).sum())
     trial = state.copy()
     trial.loads += np.asarray(_fixed(option, len(problem.phases)))
     trial.add_everywhere(choice)
@@ -117,3 +122,17 @@ def _objective(problem: Problem, state: State, option: Option, left: Floats) -> 
         return None
     trial.add(choice, places)
     return float(np.max(trial.loads, axis=0).sum())
+
+
+def _has_room(problem: Problem, state: State, choice: Choice, peaks: Floats) -> bool:
+    """Whether enough places take a piece of the option below the peaks; only of options with equal, free pieces."""
+    if not choice.plain or len(choice.groups) != 1 or state.extra is not None:
+        return False
+    group = choice.groups[0]
+    free = (state.loads <= peaks - np.asarray(group.phases)).all(axis=1)
+    free &= state.memory <= problem.capacity - choice.fixed_memory - group.memory
+    if choice.fixed_memory and float(state.memory.max()) + choice.fixed_memory > problem.capacity:
+        return False
+    if group.scope == HOST:
+        free = free.reshape(problem.hosts, problem.host_size).all(axis=1)
+    return int(np.count_nonzero(free)) >= group.copies

@@ -19,10 +19,13 @@ from passes.assignment.compiled import Compiled
 from passes.assignment.dual_bound import METHOD, DualBound
 from passes.assignment.dual_bound import NODES as DUAL_NODES
 from passes.assignment.fitting import fit
+from passes.assignment.many_tables import choice_with_room
 from passes.assignment.overflow import Overflow
+from passes.assignment.pair_polish import PairPolish
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Floats
 from passes.assignment.room_bound import NODES, Leaf, RoomBound
+from passes.assignment.starts import MANY_TABLES
 from passes.assignment.target_search import Incumbent
 
 SPARE = (0.03, 0.0, 0.06)  # shares of the held rooms left empty
@@ -37,7 +40,7 @@ POLISHED = 2  # placements that are polished
 COOL = (0.015, 0.006, 0.003)  # tau of polishing, as a fraction of the bound: the placements are even already
 POLISH_LEAST = 2e-3  # relative gap below which polishing is not worth its work
 WHOLE_TABLES = 64  # tables up to which the bound is computed with whole options
-MANY_TABLES = 3000  # tables beyond which the linear programs of boxes are solved through their duals alone
+PAIRS = 0.3  # share of the work for splitting pairs of places, with more than WHOLE_TABLES tables
 AGAIN = 0.01  # relative difference of objectives worth another bound, or not worth polishing
 PROGRAM_WORK = 2e-5  # seconds an option of a linear program, measured on one core of the development machine
 
@@ -83,10 +86,22 @@ def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int, stop
         proposals = [_proposal(compiled, choice) for choice in whole.choices[-1:]]
     if best.value <= bound * (1 + max(stop, POLISH_LEAST)):
         return bound, method
-    if leaf is not None:
+    if leaf is not None and many:
+        roomy = choice_with_room(compiled, search.incumbent, leaf.point)
+        proposals += [] if roomy is None else [Proposal(*roomy)]
+    elif leaf is not None:
         proposals += _dives(compiled, search, leaf)
-    _place(compiled, proposals, best, bound, budget, seed, stop)
-    if best.value < before * (1 - AGAIN) and compiled.tables <= MANY_TABLES:
+    pairs = (
+        0.0
+        if compiled.tables <= WHOLE_TABLES or compiled.problem.limits or compiled.problem.budgets
+        else PAIRS
+    )
+    rest = budget.slice(1.0 - (1.0 if many and pairs else pairs))
+    _place(compiled, proposals, best, bound, rest, seed, stop)
+    budget.spend(rest.work)
+    if pairs:
+        PairPolish(compiled, best, seed).run(budget, bound, stop)
+    if best.value < before * (1 - AGAIN):
         bound = max(bound, _bound(compiled, best.value, budget)[1])
     return bound, method
 
@@ -159,6 +174,9 @@ def _place(
             placed.append((value, len(placed), proposal.choice, repair.place(places)))
     placed.append((best.value, len(placed), best.choice, best.placement))
     placed.sort(key=lambda entry: entry[:2])
+    if compiled.tables > MANY_TABLES:  # pairs of places polish them faster
+        best.value, _, best.choice, best.placement = placed[0]
+        return
     close = [entry for entry in placed[:POLISHED] if entry[0] <= placed[0][0] * (1 + AGAIN)]
     for k, (value, _, choice, places) in enumerate(close):
         found = Incumbent(value, value, list(choice), [list(row) for row in places])

@@ -17,6 +17,7 @@ from passes.assignment.progress import tell
 from passes.assignment.relaxation import average_bound
 from passes.assignment.shelves import alike, shelf_choice
 from passes.assignment.starts import (
+    MANY_TABLES,
     relaxed_choices,
     roomy_choices,
     swept_choices,
@@ -24,7 +25,7 @@ from passes.assignment.starts import (
     uniform_choices,
 )
 from passes.assignment.target_search import SHORT_WALKS, Incumbent, TargetSearch
-from passes.assignment.warm import Start, incumbent_of
+from passes.assignment.warm import Start, incumbent_of, thresholds_placed
 
 Effort = Literal["quick", "warm", "normal", "thorough"]
 
@@ -38,6 +39,7 @@ SECOND = 0.8  # share of the work for placements fitted to the phases
 # times less than with all the work, for objectives within 0.6 % of its
 WARM = 0.25
 MOST_WORK = 12.0  # seconds that a normal effort spends at most with several phases
+MANY_WORK = 30.0  # the same with thousands of tables, which are placed once and then polished
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
 FAR = 0.15  # relative gap above which a quick search goes on as a normal one
@@ -86,7 +88,11 @@ def solve(
     first_start = warm if near else Incumbent()
     effort = "normal" if effort == "warm" else effort
     searches: tuple[Effort, ...] = ("quick", "normal") if effort == "quick" else (effort,)
-    for allowed in () if known else searches:
+    placed = False
+    if several and not best.choice and compiled.tables > MANY_TABLES:
+        best = thresholds_placed(compiled, seed)
+        placed = bool(best.choice)  # packing thousands of tables over and over finds no better one
+    for allowed in () if known or placed else searches:
         budget = Budget(min(time_limit, _allowance(compiled, allowed)) * first)
         found = _search(compiled, bound, relaxed.price, budget, seed, stop_gap, first_start)
         best, work = min(found, best, key=lambda known: known.value), work + budget.work
@@ -100,7 +106,8 @@ def solve(
         if several:
             from passes.assignment.by_phase import improve  # OR-Tools takes a second to load
 
-            budget = Budget(min(time_limit, _allowance(compiled, effort)) * (WARM if known else SECOND))
+            share = WARM if known else 1.0 if placed else SECOND
+            budget = Budget(min(time_limit, _allowance(compiled, effort)) * share)
             proved, how = improve(compiled, best, budget, seed, stop_gap)
             work += budget.work
         else:
@@ -173,6 +180,8 @@ def _allowance(compiled: Compiled, effort: Effort) -> float:
     pieces = 4.0 * compiled.tables
     packing = (1e-6 * pieces + 2e-5) * (SEVERAL if len(compiled.problem.phases) > 1 else 1.0)
     if effort == "normal":
+        if compiled.tables > MANY_TABLES and len(compiled.problem.phases) > 1:
+            return MANY_WORK
         return min(packing * 4000, MOST_WORK) if len(compiled.problem.phases) > 1 else packing * 4000
     # a few dozen tables settle in a few hundred packings, a hundred and more do not
     few = min(max(20 * compiled.problem.ranks, 320), 1500, FEW_PACKINGS * compiled.tables)

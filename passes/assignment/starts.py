@@ -11,6 +11,8 @@ from passes.assignment.compiled import Compiled
 from passes.assignment.problem import Floats
 from passes.assignment.relaxation import piece_floor, relax
 
+# Tables beyond which, with several phases, boxes are solved through their duals alone and packings are not searched
+MANY_TABLES = 3000
 # Pieces up to these multiples of the bound: small ones pack better, large ones cost less.
 LIMITS = (1.0, 1.05, 1.15, 1.4, 0.7, 0.5, 0.35, 0.2, 0.1)
 SWEPT = (0.1, 1.1)  # multiples of the bound between which the sizes of pieces are swept

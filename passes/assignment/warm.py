@@ -10,6 +10,7 @@ from passes.assignment.compiled import Compiled
 from passes.assignment.insertion import State, insert, peak_price
 from passes.assignment.problem import Floats, Problem, evaluate, evaluate_extra
 from passes.assignment.relaxation import relax
+from passes.assignment.starts import threshold_choice
 from passes.assignment.target_search import Incumbent
 
 Start = tuple[Sequence[int | None], Sequence[Sequence[int]] | None]
@@ -39,6 +40,18 @@ def incumbent_of(compiled: Compiled, start: Start, seed: int = 0) -> Incumbent:
             choice[t], placement[t] = found
             _put(compiled, state, t, found[0], found[1])
     return _within(problem, [j for j in choice if j is not None], placement)
+
+
+def thresholds_placed(compiled: Compiled, seed: int) -> Incumbent:
+    """The first legal placement of the choice at phase thresholds; an incumbent without a choice where there is none."""
+    from passes.assignment.by_phase import placements  # OR-Tools takes a second to load
+
+    choice = threshold_choice(compiled)
+    for places in placements(compiled, choice, seed) if choice is not None else ():
+        found = _within(compiled.problem, choice or [], places)
+        if found.choice:
+            return found
+    return Incumbent()
 
 
 def _within(problem: Problem, chosen: list[int], placement: list[list[int]]) -> Incumbent:
