@@ -47,7 +47,8 @@ def runner_up(
         Option index and seconds; None where no other option fits.
     """
     state, left = _without(problem, solution, table)
-    peaks, least = state.loads.max(axis=0), state.loads.min(axis=0)
+    peaks = state.loads.max(axis=0)
+    hosts = state.loads.reshape(problem.hosts, problem.host_size, -1).max(axis=1)
     options = problem.options[table]
 
     def rank(objective: float, j: int) -> tuple[float, float]:
@@ -55,7 +56,7 @@ def runner_up(
         return (longer if longer > tie else 0.0), spent[j]
 
     floors = {
-        j: rank(_floor(option, peaks, least), j)
+        j: rank(_floor(option, peaks, {"rank": state.loads, "host": hosts}), j)
         for j, option in enumerate(options)
         if j != solution.choice[table]
     }
@@ -69,12 +70,14 @@ def runner_up(
     return None if best is None else (best[1], best[2])
 
 
-def _floor(option: Option, peaks: Floats, least: Floats) -> float:
-    """Seconds that the objective has at least with the option: its largest piece stands on some rank."""
-    fixed = np.asarray(_fixed(option, len(peaks)))
-    placed = [piece.load for piece in option.pieces if piece.scope != "all"]
-    largest = np.max(placed, axis=0) if placed else np.zeros(len(peaks))
-    return float((np.maximum(peaks, least + largest) + fixed).sum())
+def _floor(option: Option, peaks: Floats, loads: dict[str, Floats]) -> float:
+    """Seconds that the objective has at least with the option: each piece stands on some place (places, K)."""
+    least = float(peaks.sum())
+    for piece in option.pieces:
+        if piece.scope != "all":
+            grown = np.maximum(loads[piece.scope] + np.asarray(piece.load), peaks) @ np.ones(len(peaks))
+            least = max(least, float(grown.min()))
+    return least + float(sum(_fixed(option, len(peaks))))
 
 
 def _without(problem: Problem, solution: Solution, table: int) -> tuple[State, Floats]:
