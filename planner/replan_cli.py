@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import click
 
@@ -12,6 +13,7 @@ import click
 @click.option("--topology", "-t", required=True, help="The machine from now on: preset or YAML file.")
 @click.option("--lost", default="", metavar="RANKS", help="Ranks of the old machine that are gone: 4,5,6.")
 @click.option("--workload", "-w", type=click.Path(), help="JSON file; default the plan's own workload.")
+@click.option("--batch", type=int, help="Global batch from now on; it must divide over the ranks.")
 @click.option(
     "--horizon", type=int, default=10_000, show_default=True, help="Steps over which moving must pay."
 )
@@ -24,6 +26,7 @@ def replan(
     topology: str,
     lost: str,
     workload: str | None,
+    batch: int | None,
     horizon: int,
     time_limit: float,
     model: str | None,
@@ -49,9 +52,14 @@ def replan(
         fed = (
             Workload.from_dict(read_json(workload, "workload"), f"workload {workload}") if workload else None
         )
+        if batch is not None and batch < 1:
+            raise InputError(f"--batch must be at least 1, not {batch}")
+        known = Plan.load(plan)
+        if batch is not None:
+            fed = replace(fed or replace(known.workload, dedup={}, dedup_ops={}), global_batch=batch)
         with search_progress(hidden=as_json):
             found = plan_again(
-                Plan.load(plan),
+                known,
                 topology,
                 lost=[int(part) for part in parts],
                 workload=fed,

@@ -174,3 +174,10 @@ def test_command_line(tmp_path: Path) -> None:
     run = CliRunner().invoke(cli, ["replan", str(file), "-t", "local-2", "--lost", "x"])
     assert run.exit_code == 2
     assert "must list ranks" in run.output
+    lost = ["replan", str(file), "-t", "local-3", "--lost", "2", "--time-limit", "0.1", "-o", str(out)]
+    run = CliRunner().invoke(cli, lost)
+    assert run.exit_code == 2
+    assert "does not divide" in run.output
+    run = CliRunner().invoke(cli, [*lost, "--batch", "999"])
+    assert run.exit_code == 0, run.output
+    assert planner.Plan.load(out).workload.global_batch == 999
