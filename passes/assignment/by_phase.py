@@ -101,7 +101,7 @@ def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int, stop
     budget.spend(rest.work)
     if pairs:
         PairPolish(compiled, best, seed).run(budget, bound, stop)
-    if best.value < before * (1 - AGAIN):
+    if best.value < before * (1 - AGAIN) and not many:
         bound = max(bound, _bound(compiled, best.value, budget)[1])
     return bound, method
 
