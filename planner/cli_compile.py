@@ -40,7 +40,13 @@ from planner.decoders import decoder_pipeline, with_tokens
 @click.option("--batch", type=int, help="Global batch, instead of the workload's.")
 @click.option("--sequence", type=click.IntRange(min=1), help="Decoders: tokens of a sequence.")
 @click.option("--global-tokens", type=click.IntRange(min=1), help="Decoders: tokens of a step.")
-@click.option("--time-limit", type=float, default=30.0, show_default=True, help="Solver work, about seconds.")
+@click.option(
+    "--time-limit",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Work of one search for a sharding, about seconds; formats, tiers and towers take several.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", "-o", type=click.Path(), help="Write the plan here.")
 @click.option(

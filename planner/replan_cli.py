@@ -17,7 +17,9 @@ import click
 @click.option(
     "--horizon", type=int, default=10_000, show_default=True, help="Steps over which moving must pay."
 )
-@click.option("--time-limit", type=float, default=30.0, show_default=True, help="Solver work, about seconds.")
+@click.option(
+    "--time-limit", type=float, default=30.0, show_default=True, help="Work for a candidate, about seconds."
+)
 @click.option("--model", help="What the plan was compiled from, where the plan does not say.")
 @click.option("--output", "-o", type=click.Path(), help="Write the new plan here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
