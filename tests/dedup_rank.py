@@ -113,12 +113,8 @@ def compute(place: Rank, plan: dict[str, Any], first: bool) -> dict[str, float]:
         sharded.zero_grad()
         F.binary_cross_entropy_with_logits(found, labels).backward()
         sharded.step()
-        outputs = [alone(part[0], part[1]) for part in parts]
-        worst = max(worst, float((outputs[place.rank] - found).detach().abs().max()))
-        optimizer.zero_grad()
-        losses = [F.binary_cross_entropy_with_logits(o, p[2]) for o, p in zip(outputs, parts, strict=True)]
-        torch.stack(losses).mean().backward()
-        optimizer.step()
+        whole = _step_alone(alone, optimizer, parts)
+        worst = max(worst, float((whole[place.rank] - found).detach().abs().max()))
         both = zip(jagged["history"].to_dense(), jagged["profile"].to_dense(), strict=True)
         seen = max(seen, len({(tuple(h.tolist()), tuple(p.tolist())) for h, p in both}))
     weights, state = whole_weights(sharded.module), alone.state_dict()
@@ -129,6 +125,16 @@ def compute(place: Rank, plan: dict[str, Any], first: bool) -> dict[str, float]:
         "most_distinct": seen,
         "attended": max(_rows_seen(inside)),
     }
+
+
+def _step_alone(alone: Any, optimizer: Any, parts: list[Any]) -> list[Any]:
+    """One step of the unsharded model on the batches of all ranks; what it said of each."""
+    outputs = [alone(part[0], part[1]) for part in parts]
+    optimizer.zero_grad()
+    losses = [F.binary_cross_entropy_with_logits(o, p[2]) for o, p in zip(outputs, parts, strict=True)]
+    torch.stack(losses).mean().backward()
+    optimizer.step()
+    return outputs
 
 
 def _rows_seen(module: Any) -> list[int]:
@@ -187,12 +193,8 @@ def train(place: Rank, types: list[Any]) -> dict[str, float]:
         sharded.step()
 
         parts = [batch(100 * step + rank) for rank in range(place.world_size)]
-        outputs = [alone(part[0], part[1]) for part in parts]
-        worst = max(worst, float((outputs[place.rank] - found).detach().abs().max()))
-        optimizer.zero_grad()
-        losses = [F.binary_cross_entropy_with_logits(o, p[2]) for o, p in zip(outputs, parts, strict=True)]
-        torch.stack(losses).mean().backward()
-        optimizer.step()
+        whole = _step_alone(alone, optimizer, parts)
+        worst = max(worst, float((whole[place.rank] - found).detach().abs().max()))
     weights, state = whole_weights(sharded.module), alone.state_dict()
     return {
         "factor": max(ratio),
