@@ -20,6 +20,7 @@ from ir.reading import read_text
 from ir.topology import Topology
 from ir.workload import Workload
 from ir.yaml_reading import loads_yaml
+from planner.constraint_names import check_names
 from planner.decoders import decoder_inputs, decoder_pipeline, refuse_tensor_constraints
 from planner.plan import Plan
 from planner.serving import serving_inputs, serving_pipeline
@@ -79,7 +80,8 @@ def compile(
         workload: what the model is fed; without one the model's own (zoo, table list) or the
             documented defaults of :mod:`ir.workload`, which the plan names.
         mode: "train" or "inference".
-        constraints: what is pinned, forbidden or bounded.
+        constraints: what is pinned, forbidden or bounded; a name in them is of the model, and the plan warns of a glob
+            that matches nothing (:mod:`planner.constraint_names`).
         passes: instead of :func:`passes.pipeline.pipeline`.
         calibration: constants of the cost models, or a file of ``planner calibrate``; default the file
             that lies beside the topology's, else the constants of the device kind.
@@ -114,6 +116,7 @@ def compile(
         captured, work = inputs(captured, workload, own_workload, mode)
     else:
         work, notes = _workload(workload, own_workload, captured, machine)
+    notes += check_names(constraints or Constraints(), captured)
     program = Program(
         model=captured,
         topology=machine,

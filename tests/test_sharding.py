@@ -15,10 +15,15 @@ import planner
 from cost_models.calibration import default_calibration
 from cost_models.embedding import PHASES, phase_overheads
 from cost_models.placed import rank_seconds
-from ir.errors import InfeasibleError
+from ir.compression import CompressionRequest
+from ir.dedup import DedupRequest
+from ir.errors import InfeasibleError, InputError
+from ir.format_plan import FormatRequest
+from ir.growth import GrowthRequest
 from ir.ops import EmbeddingTable
 from ir.program import Model, Options, Program
 from ir.reading import dump_record
+from ir.tier_plan import TierRequest
 from ir.workload import FeatureStats, Workload
 from passes.sharding_prices import price_options
 from planner.calibrate import calibration_path
@@ -116,6 +121,37 @@ def test_pins_are_kept(workload: Workload) -> None:
     assert plan.tables["t1"].sharding_type == "row_wise"
     assert [shard.rank for shard in plan.tables["t2"].shards] == [3]
     assert {plan.tables[t].sharding_type for t in ("t0", "t3", "t4")} <= {"table_wise", "column_wise"}
+
+
+def test_names_in_constraints_are_of_the_model(workload: Workload) -> None:
+    """A name that nothing has is refused wherever constraints name things; a glob that matches nothing is said."""
+    whole = planner.TableConstraint(sharding_types=("table_wise",))
+    wrong = {
+        r"tables names 't11'.*no such table \(did you mean 't1'": planner.Constraints(tables={"t11": whole}),
+        r"tiers.tables names 'x'": planner.Constraints(tiers=TierRequest(tables={"x": ("dram",)})),
+        r"format_error names 'x'": planner.Constraints(
+            compression=CompressionRequest(format_error={"x": 0.0})
+        ),
+        r"formats.rules names 't1.stat'.*'t1.state'": planner.Constraints(
+            formats=FormatRequest(rules={"t1.stat": ("fp32",)})
+        ),
+        r"formats.groups names 'x'": planner.Constraints(formats=FormatRequest(groups=(("t*", "x"),))),
+        r"dedup.keep names 'f9'": planner.Constraints(dedup=DedupRequest(keep=("f9",))),
+        r"growth.exclude names 'top'": planner.Constraints(growth=GrowthRequest(100, exclude=("top",))),
+    }
+    for message, limits in wrong.items():
+        with pytest.raises(InputError, match=message):
+            planner.compile(small_model(), "h100-2x2", workload, constraints=limits)
+    globs = {"u*": whole, "t[12]": whole, "*": whole}
+    plan = planner.compile(small_model(), "h100-2x2", workload, constraints=planner.Constraints(tables=globs))
+    assert [w for w in plan.warnings if "constraints" in w] == [
+        "constraints.tables: 'u*' matches no table of the model, so it limits nothing"
+    ]
+    named = Model("brackets", (EmbeddingTable("t[1]", 1000, 64, ("f0",)),), ())
+    rules = planner.Constraints(tables={"t[1]": whole, "t[[]1]": whole})
+    plan = planner.compile(named, "h100-2x2", workload, constraints=rules)
+    assert len(plan.warnings) == 2  # the workload's further features, and this
+    assert plan.warnings[1].endswith("for the table of that name write 't[[]1]'")
 
 
 def test_a_pin_to_a_rank_that_does_not_exist(workload: Workload) -> None:
