@@ -63,6 +63,9 @@ def group_plan(plan: Plan) -> Plan:
     """The tables of one group as a plan of T/M ranks; ``plan`` itself where there is one group.
 
     Its dense section, timeline and memory limits are the whole plan's.
+
+    Raises:
+        InputError: a table that every rank of a group would hold a copy of.
     """
     groups = groups_of(plan)
     if groups is None:
@@ -71,6 +74,12 @@ def group_plan(plan: Plan) -> Plan:
     level = plan.topology.levels[0]
     machine = replace(plan.topology, levels=(Level(level.name, ranks, level.link),))
     found = {table.name: table for table in groups.tables}
+    copied = [table.name for table in groups.tables if table.sharding_type == "data_parallel"]
+    if copied:
+        raise InputError(
+            f"table {copied[0]!r} is data_parallel in {groups.groups} groups: TorchRec fills its copies from rank 0 of all "
+            "ranks, which is in the first group only; compile again, or plan without dense.sparse_groups"
+        )
     return replace(
         plan,
         topology=machine,
@@ -88,10 +97,7 @@ def _in_group(table: TablePlan, entry: GroupTable, machine: Topology) -> TablePl
     made = units(option, table.rows, machine.world_size, machine.host_size)
     for unit, (_, _, rank) in zip(made, entry.columns, strict=True):
         shards += [Shard(rank + i, b.row, b.col, b.rows, b.cols) for i, b in enumerate(unit.blocks)]
-    copied = kind == "data_parallel"
-    return replace(
-        table, sharding_type=kind, compute_kernel="dense" if copied else "fused", shards=tuple(shards)
-    )
+    return replace(table, sharding_type=kind, compute_kernel="fused", shards=tuple(shards))
 
 
 def compute_type(plan: Plan) -> torch.dtype | None:

@@ -213,7 +213,7 @@ def sharded_model(
     }
     sync = None
     if groups is not None and replicas is not None:
-        sync = TableSync(wrapped, groups, sorted(names), replicas.sync_every)
+        sync = TableSync(wrapped, groups, replicas.sync_every)
     tables, rest = _not_fused(wrapped, names)
     made = ordinary_optimizers(tables, rest, (name, lr), (dense_optimizer, dense_lr), eps)
     return ShardedModel(wrapped, made, sync)

@@ -101,10 +101,7 @@ class DenseCandidate:
 
 @dataclass(frozen=True, slots=True)
 class GroupTable:
-    """The sharding of a table inside each group: (first column, columns, first rank of the group) of each block.
-
-    A ``data_parallel`` table has rank -1.
-    """
+    """The sharding of a table inside each group: (first column, columns, first rank of the group) of each block."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

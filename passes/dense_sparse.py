@@ -30,7 +30,9 @@ from passes.compression import compressed_phases
 from passes.memory import MemoryAccounting
 from passes.sharding import Sharding
 
-_KINDS: tuple[ShardingType, ...] = ("data_parallel", "table_wise", "column_wise", "row_wise")
+# TorchRec makes the process groups of kinds by hosts over all ranks, and fills copies from rank 0 of all ranks, which is
+# in the first group only
+_KINDS: tuple[ShardingType, ...] = ("table_wise", "column_wise", "row_wise")
 WORTH = 1e-3  # of the step: below, the flat sharding stays
 
 
@@ -46,7 +48,8 @@ class SparseGroups:
 
         Raises:
             InputError: a number of groups that does not divide ranks and batch along the topology; groups beside tiers
-                or formats, whose sections describe the flat sharding.
+                or formats, whose sections describe the flat sharding; a table that may take none of the kinds that run in
+                a group.
         """
         request = program.options.constraints.dense
         if request is None or not request.sparse_groups or program.timeline is None:
@@ -117,13 +120,18 @@ def group_program(program: Program, groups: int) -> Program:
 
 
 def _rules(program: Program) -> Constraints:
-    """The user's rules without sharding by hosts, whose process groups TorchRec makes over all ranks."""
+    """The user's rules without the kinds that do not run in a group."""
     asked = program.options.constraints
     own = {}
     for table in program.model.tables:
         rule = asked.for_table(table.name)
         kinds = tuple(kind for kind in rule.sharding_types or _KINDS if kind in _KINDS)
-        own[glob.escape(table.name)] = replace(rule, sharding_types=kinds or _KINDS)
+        if not kinds:
+            raise InputError(
+                f"table {table.name!r} may be {' or '.join(rule.sharding_types or ())} only, which does not run in groups "
+                f"(dense.sparse_groups); allow {', '.join(_KINDS)}, or leave groups out"
+            )
+        own[glob.escape(table.name)] = replace(rule, sharding_types=kinds)
     return replace(asked, tables=own)
 
 
@@ -175,21 +183,14 @@ def group_seconds(
 
 
 def _held(tables: tuple[TablePlan, ...]) -> int:
-    """Weights and optimizer state of one copy of the tables that are split, S; copies do not grow with groups."""
-    return sum(
-        table.memory.get("weights", 0) + table.memory.get("optimizer", 0)
-        for table in tables
-        if table.sharding_type != "data_parallel"
-    )
+    """Weights and optimizer state of one copy of the tables, S."""
+    return sum(table.memory.get("weights", 0) + table.memory.get("optimizer", 0) for table in tables)
 
 
 def _synchronised(program: Program) -> int:
     """Bytes of weights and state on the rank that holds most of them."""
     assert program.tables is not None
-    split = tuple(table for table in program.tables if table.sharding_type != "data_parallel")
-    if not split:
-        return 0
-    ranks = rank_memory(split, program.topology, program.workload, program.options.mode)
+    ranks = rank_memory(program.tables, program.topology, program.workload, program.options.mode)
     return max(int(used.get("weights", 0) + used.get("optimizer", 0)) for used in ranks)
 
 

@@ -12,6 +12,8 @@ from ir.units import format_bytes
 
 _COPY = 4 + 4 + 8  # bytes a parameter: fp32 weight and gradient, two fp32 moments
 _SLACK = 1.0  # bytes: rounding
+# TorchRec 1.8: process groups of kinds by hosts are of all ranks, copies are broadcast from rank 0 of all ranks
+_IN_GROUPS = ("table_wise", "column_wise", "row_wise")
 
 
 def check_dense(plan: Plan) -> Iterator[str]:
@@ -135,8 +137,7 @@ def _groups(plan: Plan, sparse: SparseReplicas) -> Iterator[str]:
         found = held.get(table.name)
         if found is not None:
             yield from _columns(found, table.dim, ranks)
-            copied = found.sharding_type == "data_parallel"
-            copy += 0.0 if copied else table.rows * table.dim  # no table type is narrower than a byte
+            copy += table.rows * table.dim  # no table type is narrower than a byte
     if sparse.extra_bytes < copy * (sparse.groups - 1) / plan.world_size - _SLACK:
         yield (
             f"{sparse.groups} copies of {copy:.0f} elements add {sparse.extra_bytes} bytes a rank, fewer than elements"
@@ -144,12 +145,18 @@ def _groups(plan: Plan, sparse: SparseReplicas) -> Iterator[str]:
 
 
 def _columns(table: GroupTable, dim: int, ranks: int) -> Iterator[str]:
+    if table.sharding_type not in _IN_GROUPS:
+        yield (
+            f"{table.name!r} is {table.sharding_type} in a group, and TorchRec sets that up over all ranks; "
+            f"{', '.join(_IN_GROUPS)} run in a group"
+        )
+        return
     reached = 0
     for col, cols, rank in sorted(table.columns):
         if col != reached:
             yield f"columns of {table.name!r} are not covered once at {col} in a group"
         reached = col + cols
-        if not -1 <= rank < ranks or (rank < 0) != (table.sharding_type == "data_parallel"):
+        if not 0 <= rank < ranks:
             yield f"{table.name!r} lies on rank {rank} of a group of {ranks}"
     if reached != dim:
         yield f"{reached} of the {dim} columns of {table.name!r} are covered in a group"

@@ -21,7 +21,7 @@ from cost_models.dense import (
     wire_bytes,
 )
 from cost_models.dense_tensor import tensor_pairs
-from ir.constraints import Constraints
+from ir.constraints import Constraints, TableConstraint
 from ir.dense_plan import DenseRequest
 from ir.errors import InfeasibleError, InputError
 from ir.ops import EmbeddingTable, Op
@@ -166,6 +166,12 @@ def test_refused_requests() -> None:
         planner.compile(model(), topology(1, 2), Workload(16, {}), constraints=asked, mode="inference")
     with pytest.raises(InputError, match="3 groups do not divide the ranks"):
         compiled(topology(2, 4), DenseRequest(sparse_groups=(3,)))
+    copies = Constraints(
+        dense=DenseRequest(strategies=("ddp",), sparse_groups=(2,)),
+        tables={"*": TableConstraint(sharding_types=("data_parallel",))},
+    )
+    with pytest.raises(InputError, match="may be data_parallel only, which does not run in groups"):
+        planner.compile(model(), topology(1, 4), Workload(16, {}), constraints=copies)
     with pytest.raises(InfeasibleError, match="hsdp needs several hosts"):
         compiled(topology(1, 4), DenseRequest(strategies=("hsdp",)))
 

@@ -21,6 +21,7 @@ from ir.dense_plan import DenseRequest, GroupTable
 from ir.errors import InputError
 from ir.plan import Plan
 from ir.workload import Workload
+from planner.verification import verify
 from tests.plans import topology
 
 TARGETS = str(Path(__file__).parent / "dense_targets.py")
@@ -117,18 +118,32 @@ def test_groups_of_tables_train_as_the_unsharded_model(strategy: Any) -> None:
     assert result.weights.absolute < 1e-5
 
 
-def test_the_script_of_groups_is_for_gpus() -> None:
-    """TorchRec's own 2D wrapper, with groups of two ranks; on a CPU topology it is refused."""
+def in_two_groups(kind: str) -> Plan:
+    """A plan whose tables are of one kind in two groups of two ranks."""
     plan = compiled("dlrm-small", 1, 4, strategies=("ddp",), sparse_groups=(2,), sync_every=5)
     dense = plan.decisions.dense
     assert dense is not None
     assert dense.sparse is not None
-    tables = tuple(GroupTable(t.name, "row_wise", ((0, t.dim, 0),)) for t in plan.table_plans)
+    tables = tuple(GroupTable(t.name, kind, ((0, t.dim, 0),)) for t in plan.table_plans)
     sparse = replace(dense.sparse, groups=2, tables=tables)
-    grouped = replace(plan, decisions=replace(plan.decisions, dense=replace(dense, sparse=sparse)))
+    return replace(plan, decisions=replace(plan.decisions, dense=replace(dense, sparse=sparse)))
+
+
+def test_copies_in_a_group_are_refused() -> None:
+    """TorchRec would broadcast them from rank 0 of all ranks, which the second group lacks."""
+    plan = in_two_groups("data_parallel")
+    faults = next(f.faults for f in verify(plan) if f.check == "dense")
+    assert "data_parallel in a group" in faults[0]
+    with pytest.raises(InputError, match="data_parallel in 2 groups"):
+        run_plan(plan, "planner.zoo:build", ("dlrm-small",), {"device": "cpu"}, steps=1)
+
+
+def test_the_script_of_groups_is_for_gpus() -> None:
+    """TorchRec's own 2D wrapper, with groups of two ranks; on a CPU topology it is refused."""
+    grouped = in_two_groups("row_wise")
     with pytest.raises(InputError, match="2 groups of tables on GPUs only"):
         emit_torchrec(grouped, "dlrm-small")
-    gpu = replace(plan.topology, device=replace(plan.topology.device, kind="gpu"))
+    gpu = replace(grouped.topology, device=replace(grouped.topology.device, kind="gpu"))
     tree = ast.parse(emit_torchrec(replace(grouped, topology=gpu), "dlrm-small"))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "DMPCollection"]
     accepted = inspect.signature(DMPCollection.__init__).parameters

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from codegen.dense import group_plan
 from codegen.execution import Form, form_of, losses_of
 from codegen.runtime.launch import DEFAULT_TIMEOUT, launch
 from codegen.runtime.spans import Span, aligned
@@ -183,7 +184,7 @@ def run_plan(
             f"a global batch of {size} samples does not divide over {nproc} ranks; use a multiple of {nproc}"
         )
     if form_of(plan) == "torchrec":
-        check(plan, device="cpu", optimizer=name)
+        check(group_plan(plan), device="cpu", optimizer=name)
     _check_memory(plan, nproc)
     with tempfile.TemporaryDirectory(prefix="planner-run-") as folder:
         answers = launch(

@@ -7,7 +7,7 @@ gradient. Optimizers with state, and longer intervals, are approximations, as th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,8 @@ def on_global_ranks(decided: Any, first: int) -> Any:
 class TableSync:
     """Averages tables and their fused optimizer state over the replicas every ``every`` steps."""
 
-    def __init__(self, wrapped: Any, groups: Groups, copied: Sequence[str], every: int) -> None:
-        """``copied`` names the parameters of tables that every rank of a group holds whole."""
-        self.wrapped, self.groups, self.copied, self.every = wrapped, groups, frozenset(copied), every
+    def __init__(self, wrapped: Any, groups: Groups, every: int) -> None:
+        self.wrapped, self.groups, self.every = wrapped, groups, every
         self.steps = 0
 
     def __call__(self) -> None:
@@ -89,11 +88,9 @@ class TableSync:
                 tensor.div_(self.groups.count)
 
     def _tensors(self) -> Iterator[Tensor]:
-        for name, value in self.wrapped.state_dict().items():
+        for value in self.wrapped.state_dict().values():
             if hasattr(value, "local_shards"):
                 yield from (shard.tensor for shard in value.local_shards())
-            elif name in self.copied:
-                yield value
         for slots in self.wrapped.fused_optimizer.state_dict()["state"].values():
             for value in slots.values():
                 if hasattr(value, "local_shards"):
