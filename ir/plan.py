@@ -201,7 +201,11 @@ class Assumption:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The result of :func:`planner.compile`."""
+    """The result of :func:`planner.compile`.
+
+    Fields that later versions add, here or in the records below, have a default that means what plans without them
+    meant. It never changes within a major version, as the digest leaves defaults out.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -231,22 +235,18 @@ class Plan:
         return self.topology.world_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the digest of everything else under ``"digest"``."""
-        data = self._content()
-        return {**data, "digest": digest(data)}
-
-    def _content(self) -> dict[str, Any]:
+        """Plain data, with :attr:`digest`."""
         data = dump_record(self)
         data["decisions"] = {name: data["decisions"][name] for name in self.decisions.present()}
         _without_none(data["constraints"], "formats", "tiers")
         for table in data["table_plans"]:
             _without_none(table, "format", "state_format", "tiers")
-        return data
+        return {**data, "digest": self.digest}
 
     @property
     def digest(self) -> str:
-        """sha256 of the canonical JSON of the plan."""
-        return digest(self._content())
+        """sha256 of the canonical JSON of the format version and of every field that does not have its default."""
+        return digest(dump_record(self, defaults=False) | {"format_version": self.format_version})
 
     def to_json(self) -> str:
         """The text of the plan file: stable key order, one line a table or rank."""
@@ -270,8 +270,8 @@ class Plan:
         fault = _unreadable(plan)
         if fault:
             raise InputError(f"{what} is inconsistent: {fault}; compile it again")
-        # over the text as written: fields that later versions add must not make older plans look damaged
-        if claimed is not None and claimed != digest(fields):
+        # planners before took the digest over the file as it is written
+        if claimed is not None and claimed not in (plan.digest, digest(fields)):
             raise InputError(f"{what} does not match its digest: it was edited or damaged; compile it again")
         return plan
 

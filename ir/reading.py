@@ -81,9 +81,12 @@ def check_fields(record: object) -> None:
             raise InputError(f"{which}: {name}: {_explain(error).removeprefix('top level: ')}") from None
 
 
-def dump_record(record: object) -> dict[str, Any]:
-    """A record as plain JSON data; the inverse of :func:`parse_record`."""
-    data = adapter(type(record)).dump_python(record, mode="json")
+def dump_record(record: object, *, defaults: bool = True) -> dict[str, Any]:
+    """A record as plain JSON data; the inverse of :func:`parse_record`.
+
+    Without ``defaults``, fields at any depth that have their default value are left out.
+    """
+    data = adapter(type(record)).dump_python(record, mode="json", exclude_defaults=not defaults)
     assert isinstance(data, dict)
     return data
 

@@ -32,7 +32,7 @@ def names() -> tuple[str, ...]:
 def json_schema(name: str) -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a file or of a command's answer; raises InputError for an unknown name.
 
-    A plan file also holds ``digest``, the sha256 of the rest in canonical form. Besides the commands there is
+    A plan file also holds ``digest``, see :attr:`ir.plan.Plan.digest`. Besides the commands there is
     "error", what any of them prints when it fails.
     """
     from planner.schema_outputs import output_schema
