@@ -162,11 +162,6 @@ def hit_rate(policy: Policy, popularity: Popularity, capacity: float) -> float:
     return float((popularity.mass * -np.expm1(-popularity.mass / popularity.counts * time)).sum())
 
 
-def hit_rate_curve(policy: Policy, popularity: Popularity, capacities: Sequence[float]) -> tuple[float, ...]:
-    """:func:`hit_rate` at several sizes (rows)."""
-    return tuple(hit_rate(policy, popularity, capacity) for capacity in capacities)
-
-
 def reuse_histogram(ids: npt.ArrayLike) -> tuple[npt.NDArray[np.int64], int]:
     """Stack distances of a trace: ``(histogram, first)``.
 

@@ -203,18 +203,6 @@ def predicted_error(sample: EmbeddingSample, codec: CodecName, bound: float) -> 
     return sample.fixed_error.get(codec, math.inf) if CODECS[codec].format else 0.0
 
 
-def break_even_ratio(bandwidth: float, speed: CodecSpeed) -> float:
-    """The ratio above which compressing long messages pays; infinite where it never does."""
-    left = 1 - bandwidth * (1 / speed.encode + 1 / speed.decode)
-    return 1 / left if left > 0 else math.inf
-
-
-def break_even_size(bandwidth: float, speed: CodecSpeed, ratio: float) -> float:
-    """Bytes above which compressing a message by ``ratio`` pays; infinite where it never does."""
-    gain = (1 - 1 / ratio) / bandwidth - 1 / speed.encode - 1 / speed.decode
-    return speed.message / gain if gain > 0 else math.inf
-
-
 # MB/s of encoding and of decoding, and seconds a message costs beyond that, on one core of an x86-64 server with
 # AVX-512; vectors of the users of MovieLens, 64 KiB a message: notes of `python benchmarks/codecs.py`
 _CPU_SPEEDS: dict[CodecName, tuple[float, float, float]] = {

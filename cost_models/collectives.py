@@ -5,8 +5,7 @@ inside its host, B2 the bandwidth of one rank to other hosts (one NIC a rank). E
 the transfer time alone; :func:`latency` is what one collective costs on top.
 
 =========================== ====================================================================
-all_to_all, flat            max( S (g-1)/n / B1 , S g(k-1)/n / B2 ): both levels work at once
-all_to_all, rail            S (g-1)/g / B1 + S (k-1)/k / B2: gather in the host, then exchange
+all_to_all                  max( S (g-1)/n / B1 , S g(k-1)/n / B2 ): both levels work at once
 reduce_scatter, all_gather  ring over as many channels as NICs: (n-1)/n S / min(B1, g B2)
 all_reduce                  reduce_scatter, then all_gather: 2(n-1)/n S / min(B1, g B2)
 =========================== ====================================================================
@@ -92,12 +91,6 @@ def all_to_all(size: float, net: Network) -> float:
     """Seconds to send ``size`` bytes, an equal part to every rank (one's own stays)."""
     n, g = net.ranks, net.host_size
     return max(size * (g - 1) / n / net.intra, size * (n - g) / n / net.inter)
-
-
-def all_to_all_rail(size: float, net: Network) -> float:
-    """Seconds of the two-step all-to-all: inside the host, then between ranks of equal position."""
-    g, k = net.host_size, net.hosts
-    return size * (g - 1) / g / net.intra + size * (k - 1) / k / net.inter
 
 
 def reduce_scatter(size: float, net: Network) -> float:

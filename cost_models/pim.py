@@ -14,7 +14,7 @@ instruction each 11 cycles (the pipeline's revolver) and waits for its DMA; the 
 engine serves one DMA at a time, in 77 + b/2 cycles for b bytes.
 
 A parallel transfer moves the same number of bytes to every DPU, so all are padded to the largest;
-without padding, unequal sizes go one DPU after the other (:func:`serial_transfer`).
+without padding, unequal sizes go one DPU after the other.
 
 W(n) rises by w1 n / (1 + (n-1) g) inside a rank (through the published 1-DPU and 64-DPU figures) and by
 (n/64)**k over ranks (through the published 1-rank and all-ranks figures): ranks share channels and the
@@ -207,12 +207,6 @@ def parallel_transfer(direction: Direction, sizes: Sequence[float], system: PimS
     if not sizes or max(sizes) <= 0:
         return 0.0
     return _transfer(direction, max(sizes), len(sizes), system)
-
-
-def serial_transfer(direction: Direction, sizes: Sequence[float], system: PimSystem) -> float:
-    """Seconds when unequal sizes (bytes) go to one DPU after the other."""
-    latency = system.in_latency if direction == "in" else system.out_latency
-    return latency + sum(sizes) / host_bandwidth(direction, 1, system) if sum(sizes) else 0.0
 
 
 def _transfer(direction: Direction, nbytes: float, dpus: int, system: PimSystem) -> float:

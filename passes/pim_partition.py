@@ -49,11 +49,6 @@ class Balance:
         return self.fullest / self.lower_bound if self.lower_bound else 1.0
 
 
-def graham_bound(tiles: int) -> float:
-    """LPT's worst ratio to the optimum on ``tiles`` tiles without capacity limits."""
-    return 4 / 3 - 1 / (3 * tiles)
-
-
 def uniform(rows: int, cols: int, tile_cols: int, row_tiles: int) -> PimPartition:
     """Equal ranges of rows; the last tile may have fewer (or none)."""
     owner = np.arange(rows, dtype=np.int64) // -(-rows // row_tiles)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cost_models.cache import Popularity, hit_rate, hit_rate_curve, lru_hit_rate_of_trace, reuse_histogram
+from cost_models.cache import Popularity, hit_rate, lru_hit_rate_of_trace, reuse_histogram
 from ir.errors import InputError
 from ir.workload import icdf_from_ids, icdf_from_zipf
 
@@ -121,9 +121,9 @@ def test_stack_distances_give_the_simulated_hit_rate_exactly(ids: list[int], cap
 def test_laws_of_a_hit_rate_curve(counts: list[int]) -> None:
     popularity = Popularity.from_counts(counts)
     sizes = np.linspace(0, len(counts), 9)
-    lru, lfu = hit_rate_curve("lru", popularity, sizes), hit_rate_curve("lfu", popularity, sizes)
+    lru, lfu = ([hit_rate(policy, popularity, size) for size in sizes] for policy in ("lru", "lfu"))
     for curve in (lru, lfu):
-        assert list(curve) == sorted(curve)
+        assert curve == sorted(curve)
         assert curve[0] == 0
         assert curve[-1] == pytest.approx(1)
     assert all(a <= b + 1e-9 for a, b in zip(lru, lfu, strict=True))  # LFU holds the best rows there are

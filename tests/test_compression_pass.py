@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import planner
 from codegen.runtime.codecs import absolute_bound, decode, encode
 from codegen.runtime.codecs.sampling import measure_speeds, sample_messages, sample_traffic
-from cost_models.codecs import break_even_ratio, break_even_size, message_bytes, predicted_ratio
+from cost_models.codecs import message_bytes, predicted_ratio
 from ir.compression import (
     CODECS,
     CodecName,
@@ -143,33 +141,6 @@ def test_ratio_and_error_are_predicted_on_real_embeddings(codec: CodecName) -> N
             assert predicted_error(known[key], codec, bound) == pytest.approx(
                 noise / power, rel=0.2, abs=1e-12
             )
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.floats(1e6, 1e11), st.floats(1e7, 1e11), st.floats(1e7, 1e11), st.floats(0, 1e-3), st.floats(1.01, 60)
-)
-def test_break_even_is_where_the_inequality_turns(
-    w: float, e: float, d: float, fixed: float, ratio: float
-) -> None:
-    """Against S/w = a + S/T_c + S/(R w) + S/T_d itself, on both sides of the size given."""
-    speed = CodecSpeed("eb_lz", e, d, fixed)
-
-    def gain(size: float, at: float) -> float:
-        return size / w - fixed - size / e - size / (at * w) - size / d
-
-    size = break_even_size(w, speed, ratio)
-    if size == float("inf"):
-        assert gain(1e15, ratio) <= fixed
-    else:
-        assert gain(size * 1.01 + 1e-3, ratio) >= -1e-9
-        assert gain(size * 0.99, ratio) <= 1e-9
-    least = break_even_ratio(w, speed)
-    if least < 1e6:
-        assert gain(1e15, least * 1.001) > -fixed - 1
-        assert gain(1e15, max(least * 0.999, 0.5)) < 1e15 / w * 1e-2
-    else:
-        assert gain(1e15, 1e6) < 1e15 / w * 1e-2
 
 
 def test_nothing_asked_nothing_decided() -> None:

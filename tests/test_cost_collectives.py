@@ -45,22 +45,6 @@ def test_all_to_all_equals_every_pair_sending_its_part(net: c.Network, size: flo
 
 
 @given(networks, sizes)
-def test_rail_all_to_all_equals_its_two_steps(net: c.Network, size: float) -> None:
-    g, k = net.host_size, net.hosts
-    inside: Counter[tuple[str, int]] = Counter({("fabric", 0): 0})
-    across: Counter[tuple[str, int]] = Counter({("nic", 0): 0})
-    for source in range(net.ranks):
-        host, place = divmod(source, g)
-        for other in range(g):
-            if other != place:  # everything for the ranks of that place, on any host
-                send(inside, source, host * g + other, size / g, net)
-        for other in range(k):
-            if other != host:
-                send(across, source, other * g + place, size / k, net)
-    assert c.all_to_all_rail(size, net) == pytest.approx(busiest(inside, net) + busiest(across, net))
-
-
-@given(networks, sizes)
 def test_reduce_scatter_equals_a_ring_with_one_channel_for_each_nic(net: c.Network, size: float) -> None:
     g, k, n = net.host_size, net.hosts, net.ranks
     ports: Counter[tuple[str, int]] = Counter()
@@ -114,7 +98,7 @@ def test_more_bandwidth_is_never_slower(net: c.Network, size: float, factor: flo
     from dataclasses import replace
 
     faster = replace(net, **{which: getattr(net, which) * factor})
-    for name in ("all_to_all", "all_to_all_rail", "reduce_scatter", "all_reduce", "cross_host_all_to_all"):
+    for name in ("all_to_all", "reduce_scatter", "all_reduce", "cross_host_all_to_all"):
         assert getattr(c, name)(size, faster) <= getattr(c, name)(size, net) * (1 + 1e-12)
 
 

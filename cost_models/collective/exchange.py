@@ -37,14 +37,6 @@ def direct(size: float, levels: Levels) -> Terms:
     return slowest([hop(count * part, level) for count, level in zip(counts, levels, strict=True) if count])
 
 
-def direct_v(sent: Sequence[float], levels: Levels) -> Terms:
-    """All at once, where rank i sends ``sent[i]`` bytes, an equal part to every rank (its own stays).
-
-    The rank that sends most decides: its ports are shared by as many messages as anybody's.
-    """
-    return direct(max(sent), levels)
-
-
 def pairwise(size: float, levels: Levels) -> Terms:
     """One partner a step; near partners first."""
     part, total = size / ranks_of(levels), Terms()
