@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codegen.collectives import advice, bucket_mib
 from codegen.compressed import wire_types
 from codegen.dense import group_plan, script_values
+from codegen.emission import plain
+from codegen.script_parts import build_lines, declare, features, input_names, template
 from codegen.torchrec import in_torchrec_order
 from codegen.torchrec_check import check, collections_of, locate
-from ir.errors import InputError
 from ir.plan import Plan, TablePlan
 from ir.workload import Optimizer
 
 if TYPE_CHECKING:
-    import jinja2
     from torch import nn
 
-_TEMPLATES = Path(__file__).with_name("templates")
 _EPS = 1e-8  # FBGEMM's default for its Adagrad kernels
 _CLASSES: dict[Optimizer, tuple[str, str]] = {
     "sgd": ("torch.optim.SGD", '{"lr": lr}'),
@@ -46,11 +42,11 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
             plan; or the model's inputs are neither floating tensors nor one ``KeyedJaggedTensor``.
     """
     options = dict(options or {})
-    module, inputs = _declare(model, options)
+    module, inputs = declare(model, options)
     device = "cpu" if plan.topology.device.kind == "cpu" else "cuda"
     check(plan, module, device=device)
     why_cpu = _needs_cpu(module)
-    dense, arguments = _inputs(module, inputs)
+    dense, arguments = input_names(module, inputs)
     collections = collections_of(module)
     entire, plan = plan, group_plan(plan)
     tables = []
@@ -60,19 +56,19 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         tables.append((config.name, *row))
     optimizer = plan.workload.optimizer
     counterpart: Optimizer = "adagrad" if optimizer == "rowwise_adagrad" else optimizer
-    return _template("torchrec.py.j2").render(
-        model_name=_plain(plan.model.name),
+    return template("torchrec.py.j2").render(
+        model_name=plain(plan.model.name),
         world_size=entire.world_size,
         hosts=entire.topology.hosts,
         host_size=entire.topology.host_size,
         global_batch=entire.workload.global_batch,
         digest=entire.digest,
         needs="" if ":" in model else ", and planner for its zoo",
-        features=_features(plan),
+        features=features(plan),
         tables=tables,
         on_meta=not why_cpu,
         why_cpu=why_cpu,
-        build=[f"    {line}".rstrip() for line in _build_lines(model, options, "cpu" if why_cpu else "meta")],
+        build=[f"    {line}".rstrip() for line in build_lines(model, options, "cpu" if why_cpu else "meta")],
         dense=dense,
         arguments=arguments,
         optimizer=optimizer,
@@ -86,21 +82,6 @@ def emit_torchrec(plan: Plan, model: str, options: dict[str, Any] | None = None)
         wire=wire_types(plan, device),
         **script_values(entire),
     )
-
-
-def _template(name: str) -> jinja2.Template:
-    """A template of a script."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,  # the output is Python; names are quoted by tojson or repr
-    )
-    return environment.get_template(name)
 
 
 def script_limits(plan: Plan) -> tuple[str, ...]:
@@ -123,62 +104,16 @@ def script_limits(plan: Plan) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _plain(name: str) -> str:
-    """A name that cannot end a docstring or a string."""
-    return "".join(c if c.isalnum() or c in " -_.:/" else "_" for c in name)
-
-
-def _declare(model: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """The model on the meta device, and its example inputs or None."""
-    import torch
-    import torchrec.distributed  # noqa: F401 - its imports fail under a meta default device
-
-    from codegen.runtime.models import ModelSpec
-
-    if ":" not in model:
-        return ModelSpec("planner.zoo:build", (model,), {**options, "device": "meta"}).declare(0)
-    with torch.device("meta"):
-        return ModelSpec(model, (), options).declare(0)
-
-
 def _needs_cpu(module: nn.Module) -> str:
     """Why the model cannot be built on the meta device and filled by TorchRec; empty if it can."""
     for name, _ in module.named_buffers():
-        return f"its buffer {_plain(name)} holds values that a meta tensor would lose"
+        return f"its buffer {plain(name)} holds values that a meta tensor would lose"
     held = {id(inner) for collection in collections_of(module) for inner in collection.module.modules()}
     for path, child in module.named_modules():
         own = next(iter(child.named_parameters(recurse=False)), None)
         if own is not None and id(child) not in held and not hasattr(child, "reset_parameters"):
-            return f"{_plain(path) or 'the model'} has no reset_parameters to draw its weights with"
+            return f"{plain(path) or 'the model'} has no reset_parameters to draw its weights with"
     return ""
-
-
-def _inputs(module: nn.Module, inputs: Any) -> tuple[list[tuple[str, str]], str]:
-    """Dense inputs with their shape after the batch, and the names of all inputs in order."""
-    from torch import Tensor
-
-    from codegen.runtime.batches import input_shapes, is_jagged
-
-    dense: list[tuple[str, str]] = []
-    names = []
-    for value in input_shapes(module, 2, inputs):
-        if is_jagged(value) and "ids" not in names and value.weights_or_none() is None:
-            names.append("ids")
-        elif isinstance(value, Tensor) and value.is_floating_point():
-            name = f"dense{len(dense) or ''}"
-            names.append(name)
-            dense.append((name, ", ".join(str(size) for size in value.shape[1:])))
-        else:
-            raise InputError(
-                f"the model takes a {type(value).__name__} that the script cannot make up; its inputs must be "
-                "floating tensors and one KeyedJaggedTensor without weights"
-            )
-    return dense, f"({names[0]},)" if len(names) == 1 else ", ".join(names)
-
-
-def _features(plan: Plan) -> list[tuple[str, int, float]]:
-    rows = {feature: table.rows for table in plan.table_plans for feature in table.features}
-    return [(name, count, plan.workload.stats(name).pooling_factor) for name, count in rows.items()]
 
 
 def _blocks(table: TablePlan, plan: Plan) -> list[tuple[int, int, int]]:
@@ -190,28 +125,3 @@ def _blocks(table: TablePlan, plan: Plan) -> list[tuple[int, int, int]]:
         table.sharding_type, plan.topology.host_size if table.sharding_type == "grid_shard" else 1
     )
     return [(shard.col, shard.cols, shard.rank) for shard in in_torchrec_order(table)[::step]]
-
-
-def _build_lines(model: str, options: dict[str, Any], device: str) -> list[str]:
-    """The body of ``build_model``."""
-    arguments = [f"{key}={value!r}" for key, value in options.items()]
-    if ":" not in model:
-        return [
-            "from planner import zoo",
-            "",
-            f"return zoo.build({', '.join([repr(model), *arguments, f'device={device!r}'])}).module",
-        ]
-    where, _, name = model.rpartition(":")
-    lines = []
-    if where.endswith(".py"):
-        folder = os.path.dirname(os.path.abspath(where))
-        lines += ["import sys", "", f"sys.path.insert(0, {_quoted(folder)})"]
-        where = Path(where).stem
-    lines += [f"from {where} import {name}", ""]
-    lines += [f'with torch.device("{device}"):', f"    made = {name}({', '.join(arguments)})"]
-    return [*lines, "return made[0] if isinstance(made, tuple) else made"]
-
-
-def _quoted(text: str) -> str:
-    """A string literal with double quotes."""
-    return json.dumps(text, ensure_ascii=False)

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from codegen.emission import plain
 from codegen.formats import sites
 from ir.errors import InputError
 from ir.format_plan import FormatPlan
@@ -83,7 +84,7 @@ def script(decided: FormatPlan, module: nn.Module, name: str, digest: str) -> st
     tables = {t.name: t.format for t in decided.tensors if t.kind == "table" and t.format not in _WIDE}
     expressions = list(dict.fromkeys(layer.expression for layer in layers))
     lines = [
-        f'"""GEMM formats of {_plain(name)} (plan {_plain(digest[:16])}) for torchao {VERSION}.',
+        f'"""GEMM formats of {plain(name)} (plan {plain(digest[:16])}) for torchao {VERSION}.',
         "",
         "Call quantize_model(model) on the trained model, on a CUDA device.",
         *_about_tables(tables),
@@ -130,12 +131,7 @@ def _about_tables(tables: dict[str, str]) -> list[str]:
         return []
     listed = ", ".join(f"{name} {format}" for name, format in sorted(tables.items())[:8])
     more = f" and {len(tables) - 8} more" if len(tables) > 8 else ""
-    return ["", f"Not here: narrow tables ({_plain(listed)}{more}); quantise them with TorchRec."]
-
-
-def _plain(text: str) -> str:
-    """Text that cannot end a docstring."""
-    return "".join(c if c.isalnum() or c in " -_.,:/=" else "_" for c in text)
+    return ["", f"Not here: narrow tables ({plain(listed)}{more}); quantise them with TorchRec."]
 
 
 def _imports(expressions: str) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from codegen.script import _build_lines, _declare, _features, _inputs, _plain, _template
+from codegen.emission import plain
+from codegen.script_parts import build_lines, declare, features, input_names, template
 from codegen.towers import applied_towers, lookup_node, trace_model
 from ir.plan import Plan
 
@@ -26,11 +27,11 @@ def emit_towers(plan: Plan, model: str, options: dict[str, Any] | None = None) -
     """
     decision = applied_towers(plan)
     options = dict(options or {})
-    module, inputs = _declare(model, options)
+    module, inputs = declare(model, options)
     lookup_node(trace_model(module))
-    dense, arguments = _inputs(module, inputs)
-    return _template("towers.py.j2").render(
-        model_name=_plain(plan.model.name),
+    dense, arguments = input_names(module, inputs)
+    return template("towers.py.j2").render(
+        model_name=plain(plan.model.name),
         towers=len(decision.towers),
         module=decision.module,
         world_size=plan.world_size,
@@ -38,9 +39,9 @@ def emit_towers(plan: Plan, model: str, options: dict[str, Any] | None = None) -
         host_size=plan.topology.host_size,
         global_batch=plan.workload.global_batch,
         digest=plan.digest,
-        features=_features(plan),
+        features=features(plan),
         plan=repr(json.dumps(plan.to_dict(), separators=(",", ":"))),
-        build=[f"    {line}".rstrip() for line in _build_lines(model, options, "cpu")],
+        build=[f"    {line}".rstrip() for line in build_lines(model, options, "cpu")],
         dense=dense,
         arguments=arguments,
         lr=_DEFAULT_LR,

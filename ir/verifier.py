@@ -46,7 +46,7 @@ SLACK = 1e-9  # relative, for sums of floats
 
 def verify_program(program: Program) -> None:
     """Check every invariant of the module's list; raises IRError that lists the faults."""
-    faults = list(_model(program.model))
+    faults = list(model_faults(program.model))
     if program.tables is not None:
         faults += _decisions(program.model, program.tables, program.topology)
     if program.certificate is not None:
@@ -71,7 +71,8 @@ def _count(value: float) -> bool:
     return math.isfinite(value) and value >= 0
 
 
-def _model(model: Model) -> Iterator[str]:
+def model_faults(model: Model) -> Iterator[str]:
+    """What is wrong with a model's tables and ops, one sentence each."""
     for name in _twice([table.name for table in model.tables]):
         yield f"two tables are called {name!r}"
     for name in _twice([op.name for op in model.ops]):

@@ -148,10 +148,10 @@ class _Search:
         problem = self._free(placed.picks)
         compiled = compile_problem(problem)
         duals = self.given.relaxed.duals
-        prices = _prices(compiled, duals)
+        prices = scarcity_prices(compiled, duals)
         choice = [row.index(pick) for row, pick in zip(problem.options, placed.picks, strict=True)]
         best = Incumbent(placed.value, placed.value, choice, [list(places) for places in placed.places])
-        self.work += _rounds(compiled, best, self.bound, prices, self.time_limit - self.work, self.seed)
+        self.work += polish_rounds(compiled, best, self.bound, prices, self.time_limit - self.work, self.seed)
         picks = [row[j] for row, j in zip(problem.options, best.choice, strict=True)]
         return Placed(best.value, picks, best.placement)
 
@@ -173,12 +173,14 @@ def polish(frame: Frame, joint: Joint, *, time_limit: float, seed: int) -> Joint
         solution.objective, solution.objective, list(solution.choice), [list(p) for p in solution.placement]
     )
     bound = max(joint.relaxed.bound - frame.base, 1e-12)
-    work = _rounds(compiled, best, bound, _prices(compiled, joint.relaxed.duals), time_limit, seed)
+    work = polish_rounds(
+        compiled, best, bound, scarcity_prices(compiled, joint.relaxed.duals), time_limit, seed
+    )
     found = _joint(frame, joint, joint.problem, best.choice, best.placement, work)
     return found if found.step < joint.step else joint
 
 
-def _prices(compiled: Compiled, duals: Duals) -> Floats:
+def scarcity_prices(compiled: Compiled, duals: Duals) -> Floats:
     """Seconds that what each option takes of memory, further resources and budgets is worth."""
     prices: Floats = (
         duals.memory * compiled.mean_memory + compiled.mean_extra @ duals.extra + compiled.cost @ duals.cost
@@ -186,7 +188,7 @@ def _prices(compiled: Compiled, duals: Duals) -> Floats:
     return prices
 
 
-def _rounds(
+def polish_rounds(
     compiled: Compiled, best: Incumbent, bound: float, prices: Floats, time_limit: float, seed: int
 ) -> float:
     """Polish ``best`` in place, each round with another seed; the work that it took."""

@@ -38,8 +38,8 @@ from passes.joint_search import (
     POLISH_A_TABLE,
     POLISH_LEAST,
     POLISH_MOST,
-    _prices,
-    _rounds,
+    polish_rounds,
+    scarcity_prices,
 )
 from passes.tiers import Placed, step_limit
 
@@ -102,7 +102,7 @@ def _joint(program: Program, problem: JointProblem, relaxed: Relaxation, known: 
     limits = tuple(step if s else limit for limit, s in zip(frame.limits, frame.stretched, strict=True))
     stated = replace(stated, limits=limits)
     compiled = compile_problem(stated)
-    bound, priced = max(relaxed.bound - frame.base, 1e-12), _prices(compiled, relaxed.duals)
+    bound, priced = max(relaxed.bound - frame.base, 1e-12), scarcity_prices(compiled, relaxed.duals)
     each = max(POLISH_LEAST, min(POLISH_MOST, POLISH_A_TABLE * compiled.tables))
     most, work = min(options.time_limit, ROUNDS * each), 0.0
     if not best.choice:
@@ -111,7 +111,7 @@ def _joint(program: Program, problem: JointProblem, relaxed: Relaxation, known: 
         if not best.placement:
             return None
         work = budget.work
-    work += _rounds(compiled, best, bound, priced, most, options.seed)
+    work += polish_rounds(compiled, best, bound, priced, most, options.seed)
     solution = finish(stated, best, min(bound, best.value), METHOD, work)
     extra, spent = evaluate_extra(stated, solution.choice, solution.placement)
     solution = replace(solution, extra=extra, spent=spent)

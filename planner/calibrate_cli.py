@@ -48,7 +48,7 @@ def calibrate(
         else:
             _on_this_machine(output, 2 if ranks is None else ranks, name, repeats, timeout, as_json)
     except PlannerError as error:
-        from planner.cli import fail
+        from planner.cli_support import fail
 
         fail(error, as_json)
 

@@ -14,8 +14,7 @@ from planner.cli_completion import completion
 from planner.cli_lists import models, topologies
 from planner.cli_plans import diff, explain, verify
 from planner.cli_run import emit, run
-from planner.cli_support import answer, fail, reports_errors, show
-from planner.cli_support import read_constraints as _read_constraints
+from planner.cli_support import answer
 from planner.doctor_cli import doctor, schema
 from planner.formats_cli import formats
 from planner.replan_cli import replan
@@ -24,8 +23,6 @@ from planner.scale_cli import scale
 from planner.sensitivity_cli import sensitivity
 from planner.trace_cli import trace
 from planner.whatif_cli import whatif
-
-__all__ = ["_read_constraints", "cli", "fail", "main", "reports_errors", "show"]
 
 COMMANDS = (
     *(compile, explain, diff, verify, run, emit, report, trace, whatif, replan),

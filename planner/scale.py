@@ -187,7 +187,7 @@ def scale_wukong(
 
     def planned(size: WukongSize, alone: bool = False) -> PlannedSize | None:
         nonlocal batch
-        model, work = _captured(size, tables)
+        model, work = captured_at(size, tables)
         gflop = TRAIN_FACTOR * model.dense_flops / 1e9
         if gflop > budget_gflop and not alone:
             return None
@@ -241,7 +241,7 @@ def _walk(planned: Callable[[WukongSize], PlannedSize | None]) -> list[PlannedSi
     return rows
 
 
-def _captured(size: WukongSize, tables: str | None) -> tuple[Model, Workload]:
+def captured_at(size: WukongSize, tables: str | None) -> tuple[Model, Workload]:
     """The model in the IR, and its workload."""
     from ir.capture import capture
     from planner.zoo.tables import zoo_tables

@@ -48,7 +48,7 @@ def scale(
     Each row is one size: what grew, its GFLOP and parameters, the modelled step, memory and cost, and the
     LogLoss that the paper's scaling law expects. The last rows grow one knob of the largest size that fits.
     """
-    from planner.cli import _read_constraints, reports_errors, show
+    from planner.cli_support import read_constraints, reports_errors, show
 
     @reports_errors
     def answer(as_json: bool) -> None:
@@ -59,7 +59,7 @@ def scale(
             budget_gflop,
             tables=tables,
             global_batch=batch,
-            constraints=_read_constraints(constraints),
+            constraints=read_constraints(constraints),
             time_limit=time_limit,
         )
         if plot:

@@ -43,7 +43,7 @@ def sensitivity(
     MODEL is FILE.py:CALLABLE that returns a trained nn.Module on the CPU. Weights alone give relative squared
     errors; with --data also changes of the loss, by one backward pass a batch or measured one by one.
     """
-    from planner.cli import fail
+    from planner.cli_support import fail
 
     try:
         _run(model, data, method, formats or DEFAULT_FORMATS, low_precision, output, as_json)

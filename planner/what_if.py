@@ -100,7 +100,7 @@ def whatif(plan: ir.plan.Plan, settings: Mapping[str, str], *, model: Any = None
     options.setdefault("objective", plan.provenance.get("objective", "phases"))
     options.setdefault("seed", int(plan.provenance.get("seed", "0")))
     source = str(model) if isinstance(model, str) else plan.provenance.get("model", "")
-    unused = ["other passes are given"] if "passes" in options else _planned_anew(plan, changed)
+    unused = ["other passes are given"] if "passes" in options else planned_anew(plan, changed)
 
     def planned(keep_towers: bool) -> Plan:
         given = options
@@ -131,7 +131,7 @@ def in_towers(plan: ir.plan.Plan) -> bool:
     return plan.decisions.towers is not None and plan.decisions.towers.applied
 
 
-def _planned_anew(plan: ir.plan.Plan, changed: Inputs) -> list[str]:
+def planned_anew(plan: ir.plan.Plan, changed: Inputs) -> list[str]:
     """Why the search does not start from the plan; nothing where it does."""
     from passes.assignment.solve import FEW_TABLES
 

@@ -35,7 +35,7 @@ def whatif(
     as_json: bool,
 ) -> None:
     """Plan again with some inputs of PLAN changed; without --set, how its seconds depend on each assumption."""
-    from planner.cli import reports_errors
+    from planner.cli_support import reports_errors
 
     reports_errors(_whatif)(
         plan=plan, settings=settings, model=model, calibration=calibration, output=output, as_json=as_json

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from codegen.runtime.collectives import execute as run
-from codegen.runtime.collectives.choose import _SCHEDULES, gradient_hook, schedule_of
+from codegen.runtime.collectives.choose import SCHEDULES, gradient_hook, schedule_of
 from codegen.runtime.launch import Rank
 
 
@@ -61,7 +61,7 @@ def compare_all(rank: Rank, shapes: list[list[int]]) -> list[str]:
     """Names of what differs from torch.distributed's own collectives, and how many were compared."""
     different, compared = [], 0
     for shape in shapes:
-        for collective, algorithms in _SCHEDULES.items():
+        for collective, algorithms in SCHEDULES.items():
             for algorithm in algorithms:
                 expected, got = _expected_and_got(collective, algorithm, shape, rank.rank)
                 compared += 1

@@ -10,7 +10,7 @@ import pytest
 
 from ir.errors import InputError
 from ir.tables import capture_tables, load_tables
-from ir.verifier import _model
+from ir.verifier import model_faults
 
 DATA = Path(__file__).parent.parent / "planner" / "data" / "tables"
 
@@ -47,7 +47,7 @@ def test_every_shipped_set_reads(source: str) -> None:
     stated = sum(entry.get("pooling_factor", 1) for entry in entries)
     assert sum(stats.pooling_factor for stats in workload.features.values()) == pytest.approx(stated)
     assert {feature for t in model.tables for feature in t.features} == set(workload.features)
-    assert not list(_model(model))
+    assert not list(model_faults(model))
 
 
 @pytest.mark.parametrize("name", PARTIAL)

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 import planner
 from ir.errors import InputError
 from planner.cli import cli
-from planner.scale import _captured, relative_log_loss, scale_wukong, sizes
+from planner.scale import captured_at, relative_log_loss, scale_wukong, sizes
 from planner.scale_cli import svg
 
 DATA = Path(__file__).parent.parent / "planner" / "data" / "measured" / "published_figures.json"
@@ -55,7 +55,7 @@ def test_each_row_is_what_compile_says(tmp_path: Path) -> None:
         f"{k} alone" for k in ("l", "n", "k", "MLP")
     }
     for row in advice.rows[::3]:
-        model, work = _captured(row.size, str(file))
+        model, work = captured_at(row.size, str(file))
         alone = planner.compile(model, machine, replace(work, global_batch=4096), time_limit=1.0)
         assert row.gflop == pytest.approx(3 * model.dense_flops / 1e9)
         assert row.step == pytest.approx(alone.timeline.step, rel=0.02)  # of searches that stop at a gap

@@ -30,7 +30,7 @@ from planner.assumption_prices import priced
 from planner.assumptions import sensitivity
 from planner.cli import cli
 from planner.replanning import received
-from planner.what_if import Inputs, _planned_anew, change, parse_settings, whatif
+from planner.what_if import Inputs, change, parse_settings, planned_anew, whatif
 
 WORK = 0.3  # deterministic seconds of the solver: any plan will do
 
@@ -234,7 +234,7 @@ def test_towers_are_kept() -> None:
     ]
     assert "start" in other.provenance
     assert all(finding.ok for finding in planner.verify(other))
-    assert "towers are cut for" in _planned_anew(made, changed(made, "hosts=4"))[0]
+    assert "towers are cut for" in planned_anew(made, changed(made, "hosts=4"))[0]
 
 
 @pytest.mark.parametrize("bucket", [None, 2**21])

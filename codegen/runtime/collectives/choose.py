@@ -41,7 +41,7 @@ def _on_top(shape: Shape) -> Schedule:
     return hierarchical_all_reduce(shape, ["ring"] * len(inner), recursive_doubling((top,)))
 
 
-_SCHEDULES: dict[Collective, dict[str, Make]] = {
+SCHEDULES: dict[Collective, dict[str, Make]] = {
     "all_reduce": {
         "ring": lambda shape, _: all_reduce((_ranks(shape),), ["ring"]),
         "hierarchical": lambda shape, _: all_reduce(shape, ["ring"] * len(shape)),
@@ -97,7 +97,7 @@ def schedule_of(collective: Collective, algorithm: str, shape: Shape, chunks: in
     Raises:
         InputError: no such algorithm, or one that only a library or a switch runs.
     """
-    known = _SCHEDULES.get(collective, {})
+    known = SCHEDULES.get(collective, {})
     if algorithm not in known:
         raise InputError(
             f"no schedule runs {collective} by {algorithm!r}; choose one of {', '.join(known) or 'none'}"
