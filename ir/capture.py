@@ -18,6 +18,7 @@ from ir.capture_inputs import DEFAULT_BATCH, batch_of, bind, constants, infer, o
 from ir.capture_rows import row_features
 from ir.capture_shapes import Fact, Propagation, attribute, operator_name
 from ir.capture_trace import PlannerTracer, trace, whole
+from ir.capture_untouched import untouched
 from ir.errors import InputError
 from ir.ops import Op
 from ir.program import Model
@@ -53,9 +54,10 @@ def capture(
     """The tables and op records of a model.
 
     Args:
-        model: an ``nn.Module`` (weights on any device; ``meta`` costs no memory), an ``fx.GraphModule``,
-            or what ``torch.export.export`` returns. Embeddings are ``nn.Embedding``, ``nn.EmbeddingBag``
-            and TorchRec's ``EmbeddingBagCollection`` and ``EmbeddingCollection``.
+        model: an ``nn.Module`` (weights on any device; ``meta`` costs no memory; left as it was, whatever its
+            ``forward`` writes), an ``fx.GraphModule``, or what ``torch.export.export`` returns. Embeddings
+            are ``nn.Embedding``, ``nn.EmbeddingBag`` and TorchRec's ``EmbeddingBagCollection`` and
+            ``EmbeddingCollection``.
         name: of the model; its class without one.
         batch: samples in ``example_inputs``, or to trace with; found from the inputs, or 16.
         example_inputs: arguments of ``forward``, positional (tuple, list, or the only one) or by name
@@ -83,6 +85,11 @@ def capture(
     name = name or type(model).__name__
     inputs = example_inputs if example_inputs is not None else own_inputs(model, batch)
     given = None if inputs is None else bind(model, inputs)
+    with untouched(model):
+        return _captured(model, name, batch, given)
+
+
+def _captured(model: nn.Module, name: str, batch: int | None, given: Mapping[str, Any] | None) -> Model:
     root, graph, locations, wrapper = _graph(model, given)
     if given is None:
         given = infer(graph, root, batch or DEFAULT_BATCH)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ir.capture_embeddings import is_collection, is_jagged
+from ir.capture_embeddings import is_collection, is_jagged, is_pooled_collection
 from ir.errors import InputError
 
 DEFAULT_BATCH = 16  # samples to trace with when nobody says; records are per sample
@@ -126,6 +126,11 @@ def infer(graph: torch.fx.Graph, model: nn.Module, batch: int) -> dict[str, Any]
         if node.args:
             values[str(node.target)] = node.args[0]
             continue
+        readers = [model.get_submodule(str(user.target)) for user in node.users if user.op == "call_module"]
+        collections = [module for module in readers if is_collection(module)]
+        if collections:
+            values[str(node.target)] = jagged_ids(collections, batch)
+            continue
         value = next((v for user in node.users for v in _from_user(node, user, model, batch)), None)
         if value is None:
             raise InputError(
@@ -141,8 +146,6 @@ def _from_user(node: torch.fx.Node, user: torch.fx.Node, model: nn.Module, batch
     if user.op != "call_module":
         return ()
     module: Any = model.get_submodule(str(user.target))
-    if is_collection(module):
-        return (jagged_ids(module, batch),)
     if isinstance(module, nn.EmbeddingBag):
         ragged = len(user.args) > 1 or "offsets" in user.kwargs
         return (torch.empty((batch,) if ragged else (batch, 1), dtype=torch.int64, device="meta"),)
@@ -159,15 +162,21 @@ def _from_user(node: torch.fx.Node, user: torch.fx.Node, model: nn.Module, batch
     return ()
 
 
-def jagged_ids(collection: Any, batch: int) -> Any:
-    """One id (0) per sample for every feature of a TorchRec collection, as a ``KeyedJaggedTensor``."""
+def jagged_ids(collections: Sequence[Any], batch: int) -> Any:
+    """One id (0) per sample for every feature that TorchRec collections read, as a ``KeyedJaggedTensor``."""
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-    pooled = hasattr(collection, "embedding_bag_configs")
-    configs = collection.embedding_bag_configs() if pooled else collection.embedding_configs()
+    pooled = [collection for collection in collections if is_pooled_collection(collection)]
+    configs = [
+        config
+        for collection in collections
+        for config in (
+            collection.embedding_bag_configs() if collection in pooled else collection.embedding_configs()
+        )
+    ]
     keys = list(dict.fromkeys(feature for config in configs for feature in config.feature_names))
     count = len(keys) * batch
-    weighted = pooled and collection.is_weighted()
+    weighted = any(collection.is_weighted() for collection in pooled)
     return KeyedJaggedTensor(
         keys=keys,
         values=torch.zeros(count, dtype=torch.int64),

@@ -103,10 +103,8 @@ class Propagation:
                 except TraceError:
                     raise
                 except Exception as error:
-                    where = node_location(node, self.locations)
                     raise TraceError(
-                        f"{where} cannot be run on shapes alone: {first_sentence(error)}; check the shapes of "
-                        "example_inputs against this line, or keep code that needs values out of forward"
+                        f"{node_location(node, self.locations)} cannot be run on shapes alone: {_why(error)}"
                     ) from error
                 if isinstance(fact.value, Tensor) and fact.value.device.type != "meta":
                     fact.value = to_meta(fact.value)
@@ -197,6 +195,14 @@ class Propagation:
         if aten and name != "embedding":  # the operator also returns three tensors that only backward reads
             return Fact((out, *(empty((0,), torch.int64) for _ in range(3))), tables=(draft,))
         return Fact(out, tables=(draft,))
+
+
+def _why(error: Exception) -> str:
+    """The reason that an operator does not run on meta tensors, and what to do."""
+    reason = first_sentence(error)
+    if isinstance(error, NotImplementedError) or "meta tensors" in reason:
+        return f"{reason}; what depends on values, not on shapes, belongs outside forward"
+    return f"{reason}; check the shapes of example_inputs against this line"
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], at: int, name: str, default: Any) -> Any:

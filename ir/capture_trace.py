@@ -138,7 +138,9 @@ def first_sentence(error: BaseException) -> str:
 def _advice(reason: str) -> str:
     """What to do about code that symbolic tracing refuses."""
     lower = reason.lower()
-    if "iterated" in lower or "'len'" in lower:
+    if "has no attribute" in lower and "proxy" not in lower:
+        return "this line fails whenever the model runs: mend the model"
+    if any(part in lower for part in ("iterated", "'len'", "interpreted as an integer")):
         return (
             "loop over something that is known before the input is (a list kept by the module), or put the "
             "loop into a function marked with torch.fx.wrap"

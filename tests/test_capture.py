@@ -210,6 +210,41 @@ def test_weights_stay_where_they_are() -> None:
     assert all(p.grad is None and p.device.type == "cpu" for p in module.parameters())
 
 
+class Writes(nn.Module):
+    """Keeps a loss, a list, a count and running statistics from one call of forward to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(10, 4)
+        self.register_buffer("mean", torch.ones(4))
+        self.register_buffer("calls", torch.zeros(()))
+        self.losses: list[Any] = []
+        self.count = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        self.count += 1
+        self.aux = x.mean()
+        self.losses.append(self.aux)
+        self.calls.add_(1)
+        self.mean = 0.9 * self.mean + x.mean(0)
+        return x * self.mean
+
+
+def test_what_forward_writes_is_undone() -> None:
+    module = Writes()
+    calls, mean, losses = module.calls, module.mean, module.losses
+    assert [t.name for t in capture(module).tables] == ["table"]
+    assert module.count == 0
+    assert not hasattr(module, "aux")
+    assert module.losses is losses
+    assert losses == []
+    assert module.calls is calls
+    assert calls.item() == 0
+    assert module.mean is mean
+    assert torch.equal(mean, torch.ones(4))
+
+
 # ---- errors ----
 
 BROKEN = """
@@ -236,8 +271,14 @@ class Model(nn.Module):
         ("y = y * int(y.sum())", r"int\(\) argument", "keep the value a tensor"),
         ("y = y / len(x)", "'len' is not supported", "torch.fx.wrap"),
         ("y = self.b(y)", "must have same reduction dim", "check the shapes of example_inputs"),
-        ("y = y.nonzero()", "shapes alone", "keep code that needs values out of forward"),
-        ("y = self.c(y)", "no attribute 'c'", ""),
+        ("y = y.nonzero()", "shapes alone", "depends on values, not on shapes, belongs outside forward"),
+        (
+            "y = y * x.max().item()",
+            "shapes alone",
+            "depends on values, not on shapes, belongs outside forward",
+        ),
+        ("y = sum(y[:, i] for i in range(y.shape[1]))", "as an integer", "loop over something that is known"),
+        ("y = self.c(y)", "no attribute 'c'", "mend the model"),
     ],
 )
 def test_code_that_cannot_be_captured_is_named_with_its_line(

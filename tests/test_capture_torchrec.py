@@ -108,6 +108,24 @@ def test_a_graph_made_by_torchrecs_own_tracer() -> None:
     assert [o.kind for o in traced.ops] == [o.kind for o in direct.ops]
 
 
+def test_collections_of_different_features_read_one_input() -> None:
+    def collection(name: str) -> Any:
+        config = EmbeddingBagConfig(
+            name=name, num_embeddings=5, embedding_dim=4, feature_names=[f"of_{name}"]
+        )
+        return EmbeddingBagCollection([config], device=META)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = collection("a"), collection("b")
+
+        def forward(self, sparse: Any) -> Tensor:
+            return self.left(sparse)["of_a"] * self.right(sparse)["of_b"]
+
+    assert [table.features for table in capture(Two()).tables] == [("of_a",), ("of_b",)]
+
+
 def test_the_callers_batch_is_used() -> None:
     model = capture(Net(bags()), example_inputs=ids(5))
     assert model.ops[0].out_shape == (5, 3)

@@ -130,16 +130,18 @@ def input_shapes(module: nn.Module, size: int, example_inputs: Any = None) -> li
 
     from ir.capture_inputs import bind, constants, infer, own_inputs
     from ir.capture_trace import trace
+    from ir.capture_untouched import untouched
 
     if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
         from ir.capture_inputs import jagged_ids
 
-        return [jagged_ids(module, size)]
+        return [jagged_ids([module], size)]
     given = own_inputs(module, size) if example_inputs is None else example_inputs
     if given is not None:
         values = bind(module, given).values()
         return [v.new_empty(size, *v.shape[1:]) if isinstance(v, Tensor) else v for v in values]
-    graph, _ = trace(module, constants(module, None))
+    with untouched(module):
+        graph, _ = trace(module, constants(module, None))
     return list(infer(graph, module, size).values())
 
 
