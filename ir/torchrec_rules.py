@@ -49,7 +49,7 @@ def torchrec_supported(
         option: how it would be sharded.
         world_size: ranks.
         host_size: ranks per host.
-        pooling: "sum", "mean" or "none" (a table of an ``EmbeddingCollection``).
+        pooling: "sum", "mean", "max" or "none" (a table of an ``EmbeddingCollection``).
         kernel: default: :func:`kernel_for` the option.
 
     What is behind the rules that are not obvious:
@@ -60,6 +60,8 @@ def torchrec_supported(
     - Means over row shards are sums divided by the bag lengths afterwards, and TorchRec takes the
       lengths in the order of the input's features but the sums in the order of its output: wrong
       results without an error whenever the two orders differ.
+    - What ranks pooled over their rows is summed, so a maximum is split by columns only (``nn.EmbeddingBag``
+      has it; TorchRec's collections do not).
     - See :func:`stackable` for several column blocks on one rank.
     """
     kind = option.sharding_type
@@ -75,6 +77,8 @@ def torchrec_supported(
         return f"an EmbeddingCollection cannot be {kind}"
     if pooling == "none" and kernel == "dense":
         return "the dense kernel of an EmbeddingCollection does not run"
+    if pooling == "max" and kind in ROW_SPLIT:
+        return "what row shards pooled is summed, and its bags take the maximum"
     if pooling == "mean" and kind in ROW_SPLIT:
         return "TorchRec divides means over row shards by the lengths of the wrong features"
     if kind in ROW_SPLIT and kernel == "fused":

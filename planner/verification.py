@@ -161,6 +161,8 @@ def _geometry_fault(plan: Plan, table: TablePlan) -> str:
         return f"{len(shards)} shards where one is meant"
     if kind in ("column_wise", "table_column_wise") and any(s.rows != table.rows for s in shards):
         return "rows are split"
+    if table.pooling == "max" and any(s.rows != table.rows for s in shards):
+        return "rows are split, and partial maxima of a bag are not to be summed"
     if kind == "table_column_wise" and len({s.rank // host for s in shards}) != 1:
         return "shards on more than one host"
     if kind == "row_wise":

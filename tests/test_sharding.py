@@ -111,6 +111,17 @@ def test_tables_that_fit_one_by_one_but_not_together(workload: Workload) -> None
     assert caught.value.relaxation
 
 
+def test_maxima_are_never_split_by_rows() -> None:
+    """The exchange of row shards sums them; a table of a device's size and a half must take columns."""
+    table = EmbeddingTable(name="t", rows=200_000_000, dim=128, features=("t",), pooling="max")
+    plan = planner.compile(Model("max", (table,), ()), "h100-2x8")
+    assert {shard.rows for shard in plan.tables["t"].shards} == {table.rows}
+    assert len(plan.tables["t"].shards) > 1
+    limits = planner.Constraints(tables={"t": planner.TableConstraint(sharding_types=("row_wise",))})
+    with pytest.raises(InfeasibleError, match="takes? the maximum"):
+        planner.compile(Model("max", (table,), ()), "h100-2x8", constraints=limits)
+
+
 def test_pins_are_kept(workload: Workload) -> None:
     rules = {
         "t*": planner.TableConstraint(sharding_types=("table_wise", "column_wise")),

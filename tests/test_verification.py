@@ -86,6 +86,11 @@ def test_row_blocks_on_swapped_ranks(plan: Plan) -> None:
     assert "are meant" in faults(broken, "geometry")
 
 
+def test_maxima_over_split_rows(plan: Plan) -> None:
+    assert faults(plan, "geometry") == ""
+    assert "maxima" in faults(change(plan, "t0", pooling="max"), "geometry")
+
+
 def test_table_row_wise_over_two_hosts(plan: Plan) -> None:
     table = plan.tables["t3"]
     moved = tuple(replace(s, rank=(s.rank + 2) % 8) for s in table.shards)
