@@ -41,6 +41,7 @@ from ir.program import Model
 from ir.tier_plan import TierRequest
 from ir.topology import Topology
 from ir.workload import Workload, icdf_from_zipf
+from passes.assignment.budget import Budget
 from passes.assignment.column_generation import Frame, Menu, relax
 from passes.assignment.joint import solve_joint
 from passes.joint_search import polish
@@ -218,8 +219,8 @@ def ours_on_recshard(tables: list[RecShardTable], gpus: int, hbm: float, uvm: fl
     names = tuple(f"t{j}" for j in range(len(tables)))
     frame = Frame(names, 1, gpus, hbm, ("lookup",), (uvm,), (False,))
     relaxed = relax(frame, menus)
-    joint = solve_joint(frame, menus, relaxed, time_limit=60.0)
-    joint = polish(frame, joint, time_limit=60.0, seed=0)
+    joint = solve_joint(frame, menus, relaxed, budget=Budget(60.0))
+    joint = polish(frame, joint, budget=Budget(60.0), seed=0)
     return joint.step, min(relaxed.bound, joint.step)
 
 

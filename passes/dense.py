@@ -39,6 +39,7 @@ from passes.sharding_prices import memory_limit
 from passes.step import StepTimeline
 
 WORTH = 1e-3  # of the step: below, the simpler layout stays
+TRIAL = 0.25  # of the time limit, for the tables beside one candidate
 _UNITS = (
     2**20,
     8 * 2**20,
@@ -200,6 +201,8 @@ def _steps(
     program: Program, plans: list[DensePlan], calibration: Calibration, placing: Pass
 ) -> list[float | None]:
     """Seconds of the modelled step under each plan; None where it does not fit."""
+    limit = TRIAL * program.options.time_limit
+    trial = replace(program, options=replace(program.options, time_limit=limit))
     order = sorted(range(len(plans)), key=lambda i: _bytes(program, plans[i]))
     steps: list[float | None] = [None] * len(plans)
     placed: Program | None = None
@@ -210,7 +213,7 @@ def _steps(
             candidate = MemoryAccounting().run(candidate)
         if placed is None or not _within(candidate):
             try:
-                candidate = MemoryAccounting().run(placing.run(with_dense(program, plans[i])))
+                candidate = MemoryAccounting().run(placing.run(with_dense(trial, plans[i])))
             except InfeasibleError:
                 break  # larger dense parts fit even less
         placed = candidate

@@ -141,9 +141,12 @@ def _weigh(program: Program, request: DenseRequest, calibration: Calibration) ->
     flat = program.timeline.step
     candidates = [SparseCandidate(1, flat, 0.0, max(rank.total for rank in program.memory))]
     best: tuple[float, int, int, tuple[TablePlan, ...]] = (flat * (1 - WORTH), 1, 0, ())
+    tried = len(set(request.sparse_groups))
     for groups in sorted(set(request.sparse_groups)):
         try:
-            placed = MemoryAccounting().run(Sharding(calibration).run(group_program(program, groups)))
+            one = group_program(program, groups)
+            one = replace(one, options=replace(one.options, time_limit=one.options.time_limit / tried))
+            placed = MemoryAccounting().run(Sharding(calibration).run(one))
         except InfeasibleError:
             candidates.append(SparseCandidate(groups, None, None, None))
             continue

@@ -17,7 +17,8 @@ from ir.errors import InfeasibleError
 from ir.format_plan import FormatRequest
 from ir.program import Program
 from ir.units import format_seconds
-from passes.assignment.joint import Joint
+from passes.assignment.budget import Budget
+from passes.assignment.joint import Joint, portion
 from passes.format_requests import agree, largest_sum, with_request
 from passes.format_section import stored_size, total_loss
 from passes.format_slack import least_in_place
@@ -33,7 +34,7 @@ SLACKS = (1.0, 1.4, 2.5, 6.0)  # of the least budget that is not refuted; from t
 NEAR = 1.05  # of the limit: a plan as slow as that is searched on
 HALVINGS = 4  # between the last budget that failed and the first that was kept
 NEAR_ENOUGH = 1.1  # ratio of the two that ends them
-SHARE = 0.5  # of the time limit, for one budget
+SHARE = 0.4  # of the work that is left, for one budget
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,9 +49,15 @@ class Kept:
     lower_bound: float  # of the value
 
 
-def least_within_step(program: Program, calibration: Calibration, request: FormatRequest) -> Kept:
-    """The least loss or the fewest bytes whose step keeps ``max_step``; raises InfeasibleError."""
-    search = _Search(program, calibration, request)
+def least_within_step(
+    program: Program, calibration: Calibration, request: FormatRequest, work: Budget
+) -> Kept:
+    """The least loss or the fewest bytes whose step keeps ``max_step``, with the ``work`` that is left.
+
+    Raises:
+        InfeasibleError: no plan found keeps it.
+    """
+    search = _Search(program, calibration, request, work)
     low, high = search.refute()
     return search.place(low, high)
 
@@ -72,12 +79,13 @@ def too_slow(request: FormatRequest, what: str) -> InfeasibleError:
 
 
 class _Search:
-    def __init__(self, program: Program, calibration: Calibration, request: FormatRequest) -> None:
+    def __init__(
+        self, program: Program, calibration: Calibration, request: FormatRequest, work: Budget
+    ) -> None:
         assert request.max_step is not None
         self.calibration, self.request = calibration, request
         self.limit = min(request.max_step, step_limit(program) or math.inf)
-        share = replace(program.options, time_limit=SHARE * program.options.time_limit)
-        self.program = replace(program, options=share)
+        self.program, self.work = program, work
         self.name = "loss" if request.objective == "loss" else "bytes"
         self.value: Callable[[JointProblem, Joint], float]
         if request.objective == "loss":
@@ -114,19 +122,29 @@ class _Search:
 
     def kept(self, budget: float) -> Kept | None:
         """A plan within the budget that keeps the limit, if one is found."""
-        options = self.program.options
-        # only tiers ask how long the step may be
-        limit = self.limit if options.constraints.tiers is not None else None
+        part = portion(self.work, SHARE)
         try:
-            asked = agree(self.program, self.calibration, self.asked(budget))
-            problem, joint, bound = best_traffic(
-                with_request(self.program, asked), self.calibration, step=limit, request=asked, enough=True
-            )
+            return self._kept(budget, part)
         except InfeasibleError:
             return None
+        finally:
+            self.work.spend(part.work)
+
+    def _kept(self, budget: float, work: Budget) -> Kept | None:
+        # only tiers ask how long the step may be
+        limit = self.limit if self.program.options.constraints.tiers is not None else None
+        asked = agree(self.program, self.calibration, self.asked(budget))
+        problem, joint, bound = best_traffic(
+            with_request(self.program, asked),
+            self.calibration,
+            step=limit,
+            request=asked,
+            enough=True,
+            budget=work,
+        )
         wider = least_in_place(problem, joint, self.name, self.limit)
         if wider is None and self.limit < joint.step < self.limit * NEAR:
-            joint = search_formats(problem, joint, time_limit=options.time_limit, seed=options.seed)
+            joint = search_formats(problem, joint, budget=work, seed=self.program.options.seed)
             wider = least_in_place(problem, joint, self.name, self.limit)
         joint = wider or joint
         if joint.step > self.limit:

@@ -13,6 +13,8 @@ from cost_models.calibration import Calibration
 from ir.errors import InfeasibleError, InputError
 from ir.format_plan import FormatPlan, FormatRequest, ParetoPoint
 from ir.program import Program
+from passes.assignment.budget import Budget
+from passes.assignment.joint import portion
 from passes.format_knapsack import Knapsack, KnapsackOption, solve_knapsack
 from passes.format_menu import grouped
 from passes.format_requests import UNBOUNDED, agree, largest_sum, pinned, untied, with_request
@@ -20,8 +22,6 @@ from passes.format_section import Resolved, format_section, trade
 from passes.joint import JointProblem, state_problem, traffic_programs
 from passes.joint_search import search_formats
 from passes.joint_solve import best_traffic
-
-SWEEP_SHARE = 0.25  # of the time limit, for the joint search of one point of a sweep
 
 
 def check(program: Program) -> None:
@@ -213,11 +213,16 @@ def _merge(
 
 
 def sweep(
-    program: Program, calibration: Calibration, request: FormatRequest, made: Sequence[ParetoPoint] = ()
+    program: Program,
+    calibration: Calibration,
+    request: FormatRequest,
+    made: Sequence[ParetoPoint],
+    work: Budget,
 ) -> tuple[ParetoPoint, ...]:
     """Least step at several accuracy budgets, from none to the loss of the narrowest choice.
 
-    ``made`` are plans that are known already: a plan serves every budget that is not below its loss.
+    ``made`` are plans that are known already: a plan serves every budget that is not below its loss. The points have
+    equal parts of the ``work`` that is left.
     """
     if not request.pareto:
         return ()
@@ -229,15 +234,18 @@ def sweep(
     for i in range(request.pareto):
         budget = least * (most / least) ** (i / max(1, request.pareto - 1))
         asked = replace(request, objective="step", max_loss=budget, max_step=None, pareto=0)
+        part = portion(work, 1 / (request.pareto - i))
         try:
             pinned_one = agree(program, calibration, asked)
             problem, joint, bound = best_traffic(
-                with_request(program, pinned_one), calibration, request=pinned_one
+                with_request(program, pinned_one), calibration, request=pinned_one, budget=part
             )
             bound = untied(program, calibration, asked, bound)
         except InfeasibleError:
+            work.spend(part.work)
             continue
-        joint = search_formats(problem, joint, time_limit=SWEEP_SHARE * options.time_limit, seed=options.seed)
+        joint = search_formats(problem, joint, budget=part, seed=options.seed)
+        work.spend(part.work)
         section = format_section(
             replace(problem, program=with_request(problem.program, asked)), joint, bound, Resolved(asked)
         )

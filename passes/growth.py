@@ -126,12 +126,18 @@ class _Phases:
                 if model.dense_params == self.program.model.dense_params and dtype == self.own:
                     continue  # the plan's own
                 try:
-                    solved = Sharding(self.calibration).run(self._at(model, None, dtype)).tables
+                    solved = Sharding(self.calibration).run(self._searched(model, dtype)).tables
                 except InfeasibleError:
                     continue  # cannot happen to a smaller model unless the search ran out of work
                 assert solved is not None
                 if all(_shards(solved) != _shards(known) for known in self.shardings):
                     self.shardings.append(solved)
+
+    def _searched(self, model: Model, dtype: ExchangeType) -> Program:
+        """The program of one phase with its part of the time limit."""
+        program = self._at(model, None, dtype)
+        each = program.options.time_limit / max(1, len(self.models) * len(self.types) - 1)
+        return replace(program, options=replace(program.options, time_limit=each))
 
     def _at(
         self, model: Model, tables: Tables | None, dtype: ExchangeType, format: str | None = None

@@ -8,7 +8,8 @@ from cost_models.calibration import Calibration
 from ir.plan import Certificate, TablePlan
 from ir.program import Program
 from ir.tier_plan import TableTiers
-from passes.assignment.joint import Joint
+from passes.assignment.budget import Budget
+from passes.assignment.joint import Joint, portion
 from passes.format_requests import untied, with_request
 from passes.format_section import Resolved, format_section
 from passes.format_step_limit import least_within_step, too_slow
@@ -16,9 +17,11 @@ from passes.formats import check, known_point, resolve, sweep
 from passes.joint import JointProblem
 from passes.joint_warm import Known, place_warm
 from passes.reasons import explain_tables
+from passes.search_share import search_limit
 from passes.sharding_plans import table_plan
 from passes.tiers import Placed, place, tier_section
 
+SWEEP = 0.4  # of the work, for the further points of a sweep
 OBJECTIVE = (
     "step: embedding time (sum over phases of the slowest rank) and dense time, fetches overlapped, seconds"
 )
@@ -27,11 +30,16 @@ OBJECTIVE = (
 def decide_jointly(program: Program, calibration: Calibration, known: Known | None = None) -> Program:
     """Decide tables, formats and tiers together, from those of a plan where ``known`` carries over.
 
+    All searches share the time that this pass has, also those of a sweep.
+
     Raises:
         InputError, InfeasibleError: as the format and tier requests say.
     """
-    resolved, placed = _solved(program, calibration, known)
-    constraints = program.options.constraints
+    constraints, budget = program.options.constraints, Budget(search_limit(program))
+    sweeps = constraints.formats is not None and constraints.formats.pareto > 0
+    first = portion(budget, 1.0 - SWEEP if sweeps else 1.0)
+    resolved, placed = _solved(program, calibration, known, first)
+    budget.spend(first.work)
     joint, problem = placed.joint, placed.problem
     machine, workload = problem.program.topology, problem.program.workload
     asked = replace(
@@ -45,7 +53,11 @@ def decide_jointly(program: Program, calibration: Calibration, known: Known | No
         named = replace(problem, program=decided)
         formats = format_section(named, joint, placed.bound, resolved)
         swept = sweep(
-            decided, calibration, constraints.formats, (known_point(formats, joint.step, placed.bound),)
+            decided,
+            calibration,
+            constraints.formats,
+            (known_point(formats, joint.step, placed.bound),),
+            budget,
         )
         formats = replace(formats, pareto=swept)
     sections = replace(decided.decisions, formats=formats, tiers=tier_section(placed))
@@ -53,14 +65,14 @@ def decide_jointly(program: Program, calibration: Calibration, known: Known | No
 
 
 def _solved(
-    program: Program, calibration: Calibration, known: Known | None
+    program: Program, calibration: Calibration, known: Known | None, budget: Budget
 ) -> tuple[Resolved | None, Placed]:
     """The joint solution, and what the request for formats came to."""
     request = program.options.constraints.formats
 
     def placed_from(asked: Program) -> Placed:
         found = place_warm(asked, calibration, known) if known is not None else None
-        return found if found is not None else place(asked, calibration)
+        return found if found is not None else place(asked, calibration, budget)
 
     if request is None:
         return None, placed_from(program)
@@ -68,7 +80,7 @@ def _solved(
     if request.max_step is not None and request.objective != "step":
         if known is not None:
             known.unused.append(f"formats of least {request.objective} are looked for")
-        kept = least_within_step(program, calibration, request)
+        kept = least_within_step(program, calibration, request, budget)
         resolved = Resolved(kept.request, kept.value, kept.lower_bound)
         return resolved, Placed(with_request(program, kept.request), kept.problem, kept.joint, kept.bound)
     resolved = resolve(program, calibration)

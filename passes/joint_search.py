@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ir.errors import InfeasibleError
-from passes.assignment import Option, Problem, solve
+from passes.assignment import Option, Problem
 from passes.assignment.budget import Budget
 from passes.assignment.column_generation import Frame
 from passes.assignment.compiled import Compiled, compile_problem
-from passes.assignment.joint import Joint
+from passes.assignment.joint import Joint, left, portion, searched
 from passes.assignment.master import Duals, Master
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import Floats, evaluate_extra
@@ -28,6 +28,8 @@ from passes.assignment.target_search import Incumbent
 from passes.joint import JointProblem
 from passes.joint_starts import FormatGroups, Start, natural_starts
 
+# Shares of the budget that is left: of sharding one start, of polishing one placement.
+SHARDING, POLISHING = 0.35, 0.5
 SHARDED = 2  # starts that are sharded: those of the least bounds
 POLISHED = 2  # placements that are polished
 ROUNDS = 12  # of polishing a placement, each with another seed
@@ -54,15 +56,18 @@ class Placed:
     places: Sequence[Sequence[int]]
 
 
-def search_formats(problem: JointProblem, joint: Joint, *, time_limit: float, seed: int) -> Joint:
-    """A solution no worse than ``joint``; that one where no budget is asked or further resources are in use."""
+def search_formats(problem: JointProblem, joint: Joint, *, budget: Budget, seed: int) -> Joint:
+    """A solution no worse than ``joint``; that one where no budget is asked or further resources are in use.
+
+    ``budget`` is of work, and pays for it.
+    """
     duals = joint.relaxed.duals
     if not problem.budgets or joint.solution.extra.any():
         return joint
     groups = FormatGroups.of(problem, duals)
     if groups is None:
         return joint
-    search = _Search(groups, joint, time_limit, seed)
+    search = _Search(groups, joint, budget, seed)
     solution = joint.solution
     picks = [joint.problem.options[t][j] for t, j in enumerate(solution.choice)]
     first = Placed(solution.objective, picks, solution.placement)
@@ -73,11 +78,11 @@ def search_formats(problem: JointProblem, joint: Joint, *, time_limit: float, se
 
 
 class _Search:
-    def __init__(self, groups: FormatGroups, joint: Joint, time_limit: float, seed: int) -> None:
-        self.groups, self.given, self.time_limit, self.seed = groups, joint, time_limit, seed
+    def __init__(self, groups: FormatGroups, joint: Joint, budget: Budget, seed: int) -> None:
+        self.groups, self.given, self.budget, self.seed = groups, joint, budget, seed
         self.frame = groups.problem.frame
         self.bound = max(joint.relaxed.bound - self.frame.base, 1e-12)
-        self.work = 0.0
+        self.before = budget.work
         self.rows = self._rows()
 
     def _rows(self) -> list[tuple[Option, ...]]:
@@ -108,13 +113,12 @@ class _Search:
         ranked.sort(key=lambda item: item[:2])
         made: list[Placed] = []
         for _, start, fixed in ranked[:SHARDED]:
-            if made and self.work * (1 + 1 / len(made)) > self.time_limit:
-                break  # another would take as long as those before
+            if not left(self.budget):
+                break
             try:
-                found = solve(fixed, time_limit=self.time_limit, seed=self.seed)
+                found = searched(fixed, self.budget, SHARDING, seed=self.seed)
             except InfeasibleError:
                 continue
-            self.work += found.work
             rows = [self.groups.menu(t)[key].options for t, key in enumerate(start)]
             picks = [row[j] for row, j in zip(rows, found.choice, strict=True)]
             made.append(Placed(found.objective, picks, found.placement))
@@ -151,7 +155,9 @@ class _Search:
         prices = scarcity_prices(compiled, duals)
         choice = [row.index(pick) for row, pick in zip(problem.options, placed.picks, strict=True)]
         best = Incumbent(placed.value, placed.value, choice, [list(places) for places in placed.places])
-        self.work += polish_rounds(compiled, best, self.bound, prices, self.time_limit - self.work, self.seed)
+        part = portion(self.budget, POLISHING)
+        polish_rounds(compiled, best, self.bound, prices, part, self.seed)
+        self.budget.spend(part.work)
         picks = [row[j] for row, j in zip(problem.options, best.choice, strict=True)]
         return Placed(best.value, picks, best.placement)
 
@@ -160,11 +166,15 @@ class _Search:
         problem = self._free(best.picks)
         choice = [row.index(pick) for row, pick in zip(problem.options, best.picks, strict=True)]
         placement = [list(places) for places in best.places]
-        return _joint(self.frame, self.given, problem, choice, placement, self.work)
+        work = self.budget.work - self.before
+        return _joint(self.frame, self.given, problem, choice, placement, work)
 
 
-def polish(frame: Frame, joint: Joint, *, time_limit: float, seed: int) -> Joint:
-    """More rounds of polishing for a solution whose step its phases decide; no worse than ``joint``."""
+def polish(frame: Frame, joint: Joint, *, budget: Budget, seed: int) -> Joint:
+    """More rounds of polishing for a solution whose step its phases decide; no worse than ``joint``.
+
+    ``budget`` is of work, and pays for it.
+    """
     solution = joint.solution
     if not joint.problem.limits or frame.base + solution.objective < joint.step * (1 - GAIN):
         return joint
@@ -173,10 +183,9 @@ def polish(frame: Frame, joint: Joint, *, time_limit: float, seed: int) -> Joint
         solution.objective, solution.objective, list(solution.choice), [list(p) for p in solution.placement]
     )
     bound = max(joint.relaxed.bound - frame.base, 1e-12)
-    work = polish_rounds(
-        compiled, best, bound, scarcity_prices(compiled, joint.relaxed.duals), time_limit, seed
-    )
-    found = _joint(frame, joint, joint.problem, best.choice, best.placement, work)
+    before, prices = budget.work, scarcity_prices(compiled, joint.relaxed.duals)
+    polish_rounds(compiled, best, bound, prices, budget, seed)
+    found = _joint(frame, joint, joint.problem, best.choice, best.placement, budget.work - before)
     return found if found.step < joint.step else joint
 
 
@@ -189,19 +198,18 @@ def scarcity_prices(compiled: Compiled, duals: Duals) -> Floats:
 
 
 def polish_rounds(
-    compiled: Compiled, best: Incumbent, bound: float, prices: Floats, time_limit: float, seed: int
-) -> float:
-    """Polish ``best`` in place, each round with another seed; the work that it took."""
+    compiled: Compiled, best: Incumbent, bound: float, prices: Floats, budget: Budget, seed: int
+) -> None:
+    """Polish ``best`` in place, each round with another seed, while ``budget`` pays for it."""
     each = max(POLISH_LEAST, min(POLISH_MOST, POLISH_A_TABLE * compiled.tables))
-    spent, idle = 0.0, 0
+    idle = 0
     for turn in range(ROUNDS):
-        before, budget = best.value, Budget(each)
-        Polisher(compiled, bound, budget, seed + turn, prices).refine(best, EXACT)
-        spent += budget.work
-        idle = idle + 1 if best.value >= before * (1 - GAIN) else 0
-        if idle == IDLE or spent >= time_limit or best.value <= bound * (1 + EXACT):
+        if idle == IDLE or not left(budget) or best.value <= bound * (1 + EXACT):
             break
-    return spent
+        before, part = best.value, portion(budget, 1.0, each)
+        Polisher(compiled, bound, part, seed + turn, prices).refine(best, EXACT)
+        budget.spend(part.work)
+        idle = idle + 1 if best.value >= before * (1 - GAIN) else 0
 
 
 def _joint(

@@ -13,8 +13,9 @@ from cost_models.calibration import Calibration
 from ir.errors import InfeasibleError
 from ir.format_plan import FormatRequest
 from ir.program import Program
+from passes.assignment.budget import Budget
 from passes.assignment.column_generation import Relaxation
-from passes.assignment.joint import Joint, solve_joint
+from passes.assignment.joint import Joint, portion, solve_joint
 from passes.joint import JointProblem, relax_all
 
 WIDE = 1.1  # ratio of step and bound from which other choices are tried
@@ -23,6 +24,10 @@ LONGER = (3.0, 6.0, 12.0)  # of the bound: lengths of the step that are tried wh
 HALVINGS = 5  # of the gap between step and bound, where a further resource decides the step
 CLOSE = 1.05  # ratio of step and bound at which that ends
 BUSY = 0.99  # of the step: a resource as busy as that decides it
+# Shares of the budget that is left at each point; what a search does not need the next ones have.
+TRAFFIC = 0.6  # for one format of traffic
+CHOICE = 0.6  # of that, for one choice; the rest for others and for longer or shorter steps
+LENGTH = 0.5  # of what is left of it, for one length of the step
 
 
 def best_traffic(
@@ -32,11 +37,14 @@ def best_traffic(
     step: float | None = None,
     request: FormatRequest | None = None,
     enough: bool = False,
+    budget: Budget | None = None,
 ) -> tuple[JointProblem, Joint, float]:
     """The best of all formats of embedding traffic: problem, solution, and the bound over all of them.
 
-    With ``enough`` any plan that keeps ``step`` will do: the search stops there.
+    With ``enough`` any plan that keeps ``step`` will do: the search stops there. Searches share ``budget``, by default
+    the program's time limit.
     """
+    budget = budget if budget is not None else Budget(program.options.time_limit)
     stated, refused = relax_all(program, calibration, step=step, request=request)
     if not stated:
         assert refused is not None
@@ -45,11 +53,14 @@ def best_traffic(
     for problem, relaxed in stated:
         if best is not None and relaxed.bound >= best[1].step:
             break
+        part = portion(budget, TRAFFIC)
         try:
-            joint = _solve(program, problem, relaxed, enough=enough)
+            joint = _solve(program, problem, relaxed, part, enough=enough)
         except InfeasibleError as error:
             refused = error
             continue
+        finally:
+            budget.spend(part.work)
         if best is None or joint.step < best[1].step:
             best = problem, joint
         if enough and step is not None and best[1].step <= step:
@@ -60,7 +71,9 @@ def best_traffic(
     return (*best, min(best[1].step, stated[0][1].bound))
 
 
-def _solve(program: Program, problem: JointProblem, relaxed: Relaxation, *, enough: bool) -> Joint:
+def _solve(
+    program: Program, problem: JointProblem, relaxed: Relaxation, budget: Budget, *, enough: bool
+) -> Joint:
     """A placed solution; raises InfeasibleError when none is found.
 
     The whole choice that placing starts from knows averages. Where large pieces fill some ranks, what it would replicate
@@ -74,47 +87,51 @@ def _solve(program: Program, problem: JointProblem, relaxed: Relaxation, *, enou
         if best is not None and best.step <= relaxed.bound * WIDE:
             break
         columns = tuple(replace(made, memory=made.memory / room) for made in relaxed.columns)
+        part = portion(budget, 1.0 if enough else CHOICE)
         try:
             found = solve_joint(
                 frame,
                 problem.menus,
                 replace(relaxed, columns=columns),
-                time_limit=options.time_limit,
+                budget=part,
                 seed=options.seed,
                 stop_gap=_slack(problem, relaxed) if enough else 0.0,
             )
         except InfeasibleError as error:
             refused = refused or error
             continue
+        finally:
+            budget.spend(part.work)
         if best is None or found.step < best.step:
             best = replace(found, relaxed=relaxed)
     if best is None and not enough and frame.step is None and any(frame.stretched):
-        best = _lengthened(program, problem, relaxed)
+        best = _lengthened(program, problem, relaxed, budget)
     if best is None:
         assert refused is not None
         raise refused
-    return best if enough else _shortened(program, problem, relaxed, best)
+    return best if enough else _shortened(program, problem, relaxed, best, budget)
 
 
-def _lengthened(program: Program, problem: JointProblem, relaxed: Relaxation) -> Joint | None:
+def _lengthened(program: Program, problem: JointProblem, relaxed: Relaxation, budget: Budget) -> Joint | None:
     """A solution of a much longer step than the bound, if one is found.
 
     Averages count a part of a table as a part of its cost, and pieces as spread over all ranks; a lookup by processors in
     memory that a rank must wait for as a whole can be many times as long.
     """
-    options = program.options
     for longer in LONGER:
-        frame = replace(problem.frame, step=relaxed.bound * longer)
+        frame, part = replace(problem.frame, step=relaxed.bound * longer), portion(budget, LENGTH)
         try:
-            return solve_joint(
-                frame, problem.menus, relaxed, time_limit=options.time_limit, seed=options.seed
-            )
+            return solve_joint(frame, problem.menus, relaxed, budget=part, seed=program.options.seed)
         except InfeasibleError:
             continue
+        finally:
+            budget.spend(part.work)
     return None
 
 
-def _shortened(program: Program, problem: JointProblem, relaxed: Relaxation, joint: Joint) -> Joint:
+def _shortened(
+    program: Program, problem: JointProblem, relaxed: Relaxation, joint: Joint, budget: Budget
+) -> Joint:
     """Shorter steps tried where a drive, a link or a processor decides the step; no worse than ``joint``.
 
     The search allows them a few lengths of the step, far apart; here the gap to the bound is halved.
@@ -126,19 +143,16 @@ def _shortened(program: Program, problem: JointProblem, relaxed: Relaxation, joi
         deciding = any(s and used >= BUSY * joint.step for s, used in zip(frame.stretched, busy, strict=True))
         if frame.step is not None or not deciding or joint.step <= low * CLOSE:
             break
-        middle = math.sqrt(low * joint.step)
-        options = program.options
+        middle, part = math.sqrt(low * joint.step), portion(budget, LENGTH)
         try:
             found = solve_joint(
-                replace(frame, step=middle),
-                problem.menus,
-                relaxed,
-                time_limit=options.time_limit,
-                seed=options.seed,
+                replace(frame, step=middle), problem.menus, relaxed, budget=part, seed=program.options.seed
             )
         except InfeasibleError:
             low = middle
             continue
+        finally:
+            budget.spend(part.work)
         if found.step >= joint.step:
             break
         joint = found

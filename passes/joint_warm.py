@@ -22,7 +22,7 @@ from passes.assignment import Option, Problem
 from passes.assignment.budget import Budget
 from passes.assignment.column_generation import Relaxation, fits_alone
 from passes.assignment.compiled import compile_problem
-from passes.assignment.joint import Joint
+from passes.assignment.joint import Joint, portion
 from passes.assignment.master import Master
 from passes.assignment.polish import Polisher
 from passes.assignment.problem import evaluate, evaluate_extra
@@ -41,6 +41,7 @@ from passes.joint_search import (
     polish_rounds,
     scarcity_prices,
 )
+from passes.search_share import search_limit
 from passes.tiers import Placed, step_limit
 
 METHOD = "master program over priced columns (GLOP)"
@@ -104,15 +105,16 @@ def _joint(program: Program, problem: JointProblem, relaxed: Relaxation, known: 
     compiled = compile_problem(stated)
     bound, priced = max(relaxed.bound - frame.base, 1e-12), scarcity_prices(compiled, relaxed.duals)
     each = max(POLISH_LEAST, min(POLISH_MOST, POLISH_A_TABLE * compiled.tables))
-    most, work = min(options.time_limit, ROUNDS * each), 0.0
+    budget = Budget(min(search_limit(program), 2 * ROUNDS * each))
     if not best.choice:
-        best, budget = Incumbent(choice=choice), Budget(most)
-        Polisher(compiled, bound, budget, options.seed, priced).run(best, 0.0)
+        best, first = Incumbent(choice=choice), portion(budget, 0.5)
+        Polisher(compiled, bound, first, options.seed, priced).run(best, 0.0)
         if not best.placement:
             return None
-        work = budget.work
-    work += polish_rounds(compiled, best, bound, priced, most, options.seed)
-    solution = finish(stated, best, min(bound, best.value), METHOD, work)
+        budget.spend(first.work)
+    last = portion(budget, 1.0, ROUNDS * each)
+    polish_rounds(compiled, best, bound, priced, last, options.seed)
+    solution = finish(stated, best, min(bound, best.value), METHOD, budget.work + last.work)
     extra, spent = evaluate_extra(stated, solution.choice, solution.placement)
     solution = replace(solution, extra=extra, spent=spent)
     step = max(frame.base + solution.objective, _busy(problem, stated, best))

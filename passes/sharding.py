@@ -34,6 +34,7 @@ from ir.program import Program
 from ir.units import format_bytes
 from passes.assignment import Solution, solve
 from passes.reasons import explain_tables
+from passes.search_share import search_limit
 from passes.sharding_plans import table_plan
 from passes.sharding_prices import ShardingProblem, sharding_problem
 
@@ -85,7 +86,7 @@ def _solved(program: Program, stated: ShardingProblem) -> Solution:
     search = functools.partial(
         solve,
         stated.problem,
-        time_limit=program.options.time_limit,
+        time_limit=search_limit(program),
         seed=program.options.seed,
         stop_gap=GOOD_ENOUGH if len(program.model.tables) > MANY_TABLES else 0.0,
     )

@@ -17,14 +17,17 @@ from ir.errors import InfeasibleError, InputError
 from ir.program import Program
 from ir.tier_plan import HostTrial, TierPlan, TierRequest, TierUse
 from ir.units import format_seconds
-from passes.assignment.joint import Joint
+from passes.assignment.budget import Budget
+from passes.assignment.joint import Joint, portion
 from passes.joint import JointProblem, relax_all
 from passes.joint_search import polish, search_formats
 from passes.joint_solve import best_traffic
 from passes.sharding_prices import memory_limit
 
 GROW = 1.15  # step of the upward search once the next few numbers of hosts were not kept
+FIRST = 0.5  # of the work, for a first placement; the rest is for better ones
 TRIAL_WORK = 5.0  # limit on solver work for one number of hosts, about seconds
+TRIAL_SHARE = 0.5  # of the budget that is left, for one number of hosts at most
 NEXT = 3  # numbers of hosts tried one by one
 
 
@@ -41,15 +44,17 @@ class Placed:
     objective_bound: float | None = None
 
 
-def place(program: Program, calibration: Calibration) -> Placed:
-    """Solve the program's tier request; raises InputError or InfeasibleError."""
+def place(program: Program, calibration: Calibration, budget: Budget) -> Placed:
+    """Solve the program's tier request with the work that ``budget`` has left; raises InputError or InfeasibleError."""
     request = program.options.constraints.tiers
     if request is None or request.objective == "step":
         limit = step_limit(program)
-        problem, joint, bound = best_traffic(program, calibration, step=limit)
-        options = program.options
-        joint = search_formats(problem, joint, time_limit=options.time_limit, seed=options.seed)
-        joint = polish(problem.frame, joint, time_limit=options.time_limit, seed=options.seed)
+        first = portion(budget, FIRST)
+        problem, joint, bound = best_traffic(program, calibration, step=limit, budget=first)
+        budget.spend(first.work)
+        seed = program.options.seed
+        joint = search_formats(problem, joint, budget=budget, seed=seed)
+        joint = polish(problem.frame, joint, budget=budget, seed=seed)
         return Placed(program, problem, joint, min(bound, joint.step))
     if request.throughput is None:
         raise InputError(
@@ -60,8 +65,8 @@ def place(program: Program, calibration: Calibration) -> Placed:
             f"topology {program.topology.name!r} has no level of hosts to vary; use one such as 'h100-2x8'"
         )
     if request.objective == "nodes":
-        return _fewest(program, calibration, request)
-    return _cheapest(program, calibration, request)
+        return _fewest(program, calibration, request, budget)
+    return _cheapest(program, calibration, request, budget)
 
 
 def step_limit(program: Program) -> float | None:
@@ -79,7 +84,7 @@ def with_hosts(program: Program, hosts: int) -> Program:
     return replace(program, topology=machine, workload=replace(program.workload, global_batch=batch))
 
 
-def _fewest(program: Program, calibration: Calibration, request: TierRequest) -> Placed:
+def _fewest(program: Program, calibration: Calibration, request: TierRequest, budget: Budget) -> Placed:
     trials: dict[int, HostTrial] = {}
     most = request.max_hosts or 4 * program.topology.hosts
 
@@ -101,7 +106,7 @@ def _fewest(program: Program, calibration: Calibration, request: TierRequest) ->
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if impossible(middle) else (low, middle)
-    best = _upward(program, calibration, high, most, trials)
+    best = _upward(program, calibration, high, most, trials, budget)
     if best is None:
         raise InfeasibleError(
             f"no placed plan on up to {most} hosts keeps {request.throughput:g} samples/s, although averages would "
@@ -114,38 +119,43 @@ def _fewest(program: Program, calibration: Calibration, request: TierRequest) ->
 
 
 def _upward(
-    program: Program, calibration: Calibration, first: int, most: int, trials: dict[int, HostTrial]
+    program: Program,
+    calibration: Calibration,
+    first: int,
+    most: int,
+    trials: dict[int, HostTrial],
+    budget: Budget,
 ) -> Placed | None:
     """The fewest hosts from ``first`` on that a placed plan keeps the throughput on."""
     failed, hosts = first - 1, first
     best: Placed | None = None
     while best is None and hosts <= most:
-        best = _kept(program, calibration, hosts, trials)
+        best = _kept(program, calibration, hosts, trials, budget)
         if best is None:
             failed = hosts
             hosts = hosts + 1 if hosts < first + NEXT else max(hosts + 1, round(hosts * GROW))
             hosts = most if failed < most < hosts else hosts
     while best is not None and best.program.topology.hosts - failed > 1:
         middle = (best.program.topology.hosts + failed) // 2
-        found = _kept(program, calibration, middle, trials)
+        found = _kept(program, calibration, middle, trials, budget)
         best, failed = (found, failed) if found is not None else (best, middle)
     return best
 
 
 def _kept(
-    program: Program, calibration: Calibration, hosts: int, trials: dict[int, HostTrial]
+    program: Program, calibration: Calibration, hosts: int, trials: dict[int, HostTrial], budget: Budget
 ) -> Placed | None:
     trial = with_hosts(program, hosts)
     limit = step_limit(trial)
     assert limit is not None
-    quick = replace(
-        trial, options=replace(trial.options, time_limit=min(TRIAL_WORK, trial.options.time_limit))
-    )
+    part = portion(budget, TRIAL_SHARE, TRIAL_WORK)
     try:
-        problem, joint, bound = best_traffic(quick, calibration, step=limit, enough=True)
+        problem, joint, bound = best_traffic(trial, calibration, step=limit, enough=True, budget=part)
     except InfeasibleError as error:
         trials[hosts] = HostTrial(hosts, "not found", None, str(error))
         return None
+    finally:
+        budget.spend(part.work)
     if joint.step > limit * (1 + 1e-9):
         trials[hosts] = HostTrial(
             hosts, "not found", joint.step, f"the step may last {format_seconds(limit)}"
@@ -168,7 +178,7 @@ def _refuted(program: Program, calibration: Calibration) -> str:
     return ""
 
 
-def _cheapest(program: Program, calibration: Calibration, request: TierRequest) -> Placed:
+def _cheapest(program: Program, calibration: Calibration, request: TierRequest, budget: Budget) -> Placed:
     """The set of tiers and the number of hosts with the least price or power."""
     each = request.host_price if request.objective == "cost" else request.host_watt
     if each is None:
@@ -180,14 +190,17 @@ def _cheapest(program: Program, calibration: Calibration, request: TierRequest) 
     bounds = []
     trials: list[HostTrial] = []
     refused: InfeasibleError | None = None
-    for kept in _tier_sets(program, request):
-        one = _with_tiers(program, kept)
+    sets = list(_tier_sets(program, request))
+    for number, kept in enumerate(sets):
+        one, part = _with_tiers(program, kept), portion(budget, 1 / (len(sets) - number))
         price = each + _host_tiers_price(one, request)
         try:
-            found = _fewest(one, calibration, request)
+            found = _fewest(one, calibration, request, part)
         except InfeasibleError as error:
             refused = error
             continue
+        finally:
+            budget.spend(part.work)
         trials += [
             replace(t, why=f"with {'+'.join(kept) or 'no host tier'}{': ' * bool(t.why)}{t.why}")
             for t in found.trials

@@ -23,6 +23,7 @@ from ir.plan import Certificate, TablePlan
 from ir.program import Model, Program
 from ir.tier_plan import TierPlan
 from ir.towers import Tower
+from passes.search_share import search_limit, stages
 from passes.sharding import Sharding
 from passes.sharding_prices import memory_limit
 from passes.warm_sharding import WarmSharding
@@ -142,8 +143,9 @@ def _shard(
         program,
         model=Model(program.model.name, tables, ()),
         topology=topology,
+        # sharding takes one stage's part of it
         options=replace(
-            program.options, constraints=inner, time_limit=max(1.0, program.options.time_limit / towers)
+            program.options, constraints=inner, time_limit=search_limit(program) / towers * stages(inner)
         ),
         tables=None,
         certificate=None,

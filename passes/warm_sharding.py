@@ -13,6 +13,7 @@ from ir.program import Program
 from passes.assignment import Effort, solve
 from passes.forced_sharding import start_of
 from passes.reasons import explain_tables
+from passes.search_share import search_limit
 from passes.sharding import GOOD_ENOUGH, MANY_TABLES, Sharding, certify
 from passes.sharding_plans import table_plan
 from passes.sharding_prices import sharding_problem
@@ -55,7 +56,7 @@ class WarmSharding:
                 start = (start[0], None)
             solution = solve(
                 stated.problem,
-                time_limit=program.options.time_limit,
+                time_limit=search_limit(program),
                 seed=program.options.seed,
                 effort=self.effort,
                 stop_gap=GOOD_ENOUGH if len(program.model.tables) > MANY_TABLES else 0.0,

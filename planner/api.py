@@ -85,8 +85,8 @@ def compile(
         passes: instead of :func:`passes.pipeline.pipeline`.
         calibration: constants of the cost models, or a file of ``planner calibrate``; default the file
             that lies beside the topology's, else the constants of the device kind.
-        time_limit: limit on deterministic work of one search for a sharding, about seconds; also a wall-clock safety
-            net. Formats, tiers and towers are decided by several such searches.
+        time_limit: limit on deterministic work of all searches together, about seconds; also a wall-clock safety net.
+            Passes that search share it (:mod:`passes.search_share`); bounds, prices and a first placement come on top.
         seed: of the solver's search.
         objective: what sharding minimises: "phases", the embedding time of the modelled step, or
             "bottleneck", the slowest rank's total (see :mod:`passes.sharding`).

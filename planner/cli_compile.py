@@ -45,7 +45,7 @@ from planner.decoders import decoder_pipeline, with_tokens
     type=float,
     default=30.0,
     show_default=True,
-    help="Work of one search for a sharding, about seconds; formats, tiers and towers take several.",
+    help="Work of all searches together, about seconds; they end sooner where there is little to find.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", "-o", type=click.Path(), help="Write the plan here.")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ir.assignment import Option, Piece
 from ir.errors import InfeasibleError, InputError
 from passes.assignment import evaluate
+from passes.assignment.budget import Budget
 from passes.assignment.column_generation import Frame, Menu, column, relax
 from passes.assignment.joint import Joint, solve_joint
 from passes.assignment.master import Column, Duals, Master
@@ -86,10 +87,10 @@ def test_bound_optimum_and_solution_are_in_order(seed: int) -> None:
     relaxed = relax(frame, menus)
     if math.isinf(best):
         with pytest.raises(InfeasibleError):
-            solve_joint(frame, menus, relaxed, time_limit=0.1)
+            solve_joint(frame, menus, relaxed, budget=Budget(0.1))
         return
     assert relaxed.bound <= best * (1 + 1e-9)
-    joint = solve_joint(frame, menus, relaxed, time_limit=0.3)
+    joint = solve_joint(frame, menus, relaxed, budget=Budget(0.3))
     assert_keeps(frame, joint)
     # CP-SAT rounds loads to one part in a million
     assert best * (1 - 1e-9) <= joint.step <= best * (1 + 1e-4)
@@ -136,7 +137,7 @@ def test_stretched_resources_lengthen_the_step() -> None:
     frame = Frame(("t",), 1, 1, 1.0, ("p",), (0.0,), (True,))
     menus = [Menu((0,), options)]
     relaxed = relax(frame, menus)
-    joint = solve_joint(frame, menus, relaxed, time_limit=1.0)
+    joint = solve_joint(frame, menus, relaxed, budget=Budget(1.0))
     assert relaxed.bound == pytest.approx(0.7, rel=1e-4)
     assert joint.step == pytest.approx(0.7)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+import passes.assignment.joint
+import passes.joint_search
 import planner
 from cost_models.calibration import default_calibration
 from ir.constraints import Constraints
@@ -15,6 +19,10 @@ from ir.ops import EmbeddingTable
 from ir.plan import Plan
 from ir.program import Model, Options, Program
 from ir.workload import FeatureStats, Workload
+from passes.assignment import Solution, solve
+from passes.assignment.budget import Budget
+from passes.assignment.compiled import Compiled
+from passes.assignment.polish import Polisher
 from passes.joint import state_problem
 from passes.joint_starts import FormatGroups, natural_starts
 from planner.verification import verify
@@ -27,6 +35,7 @@ TABLES = tuple(
     for i, rows in enumerate((2000, 10**5, 10**6, 4 * 10**6, 10**7))
 )
 MODEL = Model("m", TABLES, ())
+LIMIT = 1.0  # seconds of deterministic work
 WORKLOAD = Workload(16384, {f"f{i}": FeatureStats(pooling_factor=4.0 + 6 * i) for i in range(len(TABLES))})
 
 
@@ -87,6 +96,31 @@ def plan(asked: FormatRequest) -> Plan:
     )
     assert [finding for finding in verify(made, TABLES) if finding.faults] == []
     return made
+
+
+def test_all_searches_share_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted at the searches themselves: those for a sharding, and those that polish."""
+    budgets: list[Budget] = []
+    solved: list[float] = []
+
+    class Counted(Polisher):
+        def __init__(self, compiled: Compiled, bound: float, budget: Budget, *rest: Any) -> None:
+            budgets.append(budget)
+            super().__init__(compiled, bound, budget, *rest)
+
+    def counted(*args: Any, **options: Any) -> Solution:
+        found = solve(*args, **options)
+        solved.append(found.work)
+        return found
+
+    monkeypatch.setattr(passes.assignment.joint, "solve", counted)
+    monkeypatch.setattr(passes.assignment.joint, "Polisher", Counted)
+    monkeypatch.setattr(passes.joint_search, "Polisher", Counted)
+    tables = tuple(replace(table, name=f"{table.name}_{i}") for i in range(2) for table in TABLES)
+    limits = Constraints(formats=FormatRequest(max_loss=0.05))
+    planner.compile(Model("m", tables, ()), "h100-1x8", WORKLOAD, constraints=limits, time_limit=LIMIT)
+    assert len(solved) > 2
+    assert 0.3 * LIMIT <= sum(solved) + sum(budget.work for budget in budgets) <= 1.1 * LIMIT
 
 
 def test_a_plan_is_no_worse_than_given_formats_of_the_same_loss() -> None:

@@ -12,16 +12,17 @@ from collections.abc import Sequence
 
 from ortools.sat.python import cp_model
 
+from passes.assignment.budget import Budget
 from passes.assignment.compiled import HOST, Compiled, Group
 from passes.assignment.target_search import Incumbent
 
 CELLS = 6000
 UNITS = 10**6
 WORK = 20.0  # deterministic seconds at most
-SHARE = 0.25  # of the time limit
+SHARE = 0.25  # of the budget that is left
 
 
-def improve(compiled: Compiled, best: Incumbent, time_limit: float, seed: int) -> Incumbent | None:
+def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int) -> Incumbent | None:
     """A better solution than ``best`` (any, if that has no placement), or None.
 
     None when there is none, when none was found, or when the problem is too large.
@@ -35,8 +36,10 @@ def improve(compiled: Compiled, best: Incumbent, time_limit: float, seed: int) -
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = seed
-    solver.parameters.max_deterministic_time = min(SHARE * time_limit, WORK)
-    if solver.solve(model.model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+    solver.parameters.max_deterministic_time = min(SHARE * max(0.0, budget.limit - budget.work), WORK)
+    status = solver.solve(model.model)
+    budget.spend(solver.response_proto.deterministic_time)
+    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return None
     return model.read(solver)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,10 @@ TIGHTER = (1.0, 0.98, 0.95, 0.9, 0.8)  # of all limits: room left for placing wh
 LONGER = (1.0, 1.01, 1.03, 1.1, 1.3, 2.0)  # of the stretched step
 WORK_A_TABLE = 0.03  # seconds of polishing a table, at least LEAST_WORK and at most MOST_WORK
 LEAST_WORK, MOST_WORK = 0.5, 20.0
+ATTEMPT = 0.5  # of the budget that is left, for polishing one attempt at most
+RESHARD = 0.5  # of it, for sharding anew with one choice of the budgets' shares
+SEARCH = 30.0  # seconds of work that one search for a sharding may spend at most
+OVER = 1.8  # times its limit that such a search spends with few tables and several phases
 EXACT = 1e-5  # gap above which small problems go on with CP-SAT
 BUSY = 0.9  # of the step: with no resource busier than that, a longer step gains nothing
 
@@ -52,20 +57,25 @@ def solve_joint(
     menus: Sequence[Menu],
     relaxed: Relaxation,
     *,
-    time_limit: float = 30.0,
+    budget: Budget | None = None,
     seed: int = 0,
     stop_gap: float = 0.0,
 ) -> Joint:
-    """Choose and place under every limit; raises InfeasibleError when no placement is found."""
+    """Choose and place under every limit, with the work that ``budget`` has left; default 30 seconds.
+
+    Raises:
+        InfeasibleError: no placement is found.
+    """
+    budget = budget if budget is not None else Budget(SEARCH)
     if not frame.limits and not frame.budgets and stop_gap == 0.0:
-        return _plain(frame, menus, relaxed, time_limit, seed, stop_gap)
+        return _plain(frame, menus, relaxed, budget, seed, stop_gap)
     kept = _kept(frame, menus, relaxed)
     best: Joint | None = None
     trials = 0
     for longer in LONGER if frame.step is None and any(frame.stretched) else (1.0,):
         for tight in TIGHTER:
             trials += 1
-            found = _attempt(frame, menus, relaxed, kept, longer, tight, time_limit, seed, stop_gap)
+            found = _attempt(frame, menus, relaxed, kept, longer, tight, budget, seed, stop_gap)
             if found is None:
                 continue
             if best is None or found.step < best.step:
@@ -86,8 +96,36 @@ def solve_joint(
         # with the budgets' shares that polishing came to, and those it started from
         for choice in dict.fromkeys((best.solution.choice, best.start)):
             costs = [start_problem.options[t][j].cost for t, j in enumerate(choice)]
-            best = _resharded(frame, menus, best, costs, time_limit, seed, stop_gap)
+            best = _resharded(frame, menus, best, costs, budget, seed, stop_gap)
     return replace(best, trials=trials)
+
+
+def left(budget: Budget) -> float:
+    """Seconds of work that a budget has left."""
+    return max(0.0, budget.limit - budget.work)
+
+
+def portion(budget: Budget, share: float, most: float = math.inf) -> Budget:
+    """A budget of ``share`` of what is left, ``most`` seconds at most, with a wall clock of its own.
+
+    Its work is to be added back with :meth:`Budget.spend`.
+    """
+    return Budget(min(most, share * left(budget)))
+
+
+def searched(problem: Problem, budget: Budget, share: float, **options: Any) -> Solution:
+    """:func:`solve` with a share of what ``budget`` has left; raises InfeasibleError.
+
+    ``options`` are those of :func:`solve`.
+    """
+    most = share * left(budget)
+    try:
+        found = solve(problem, time_limit=min(SEARCH, most / OVER), **options)
+    except InfeasibleError:
+        budget.spend(min(SEARCH, most))  # nobody knows how much it was
+        raise
+    budget.spend(found.work)
+    return found
 
 
 def _enough(frame: Frame, relaxed: Relaxation, stop_gap: float) -> float:
@@ -117,7 +155,7 @@ def _resharded(
     menus: Sequence[Menu],
     joint: Joint,
     costs: Sequence[tuple[float, ...]],
-    time_limit: float,
+    budget: Budget,
     seed: int,
     stop_gap: float,
 ) -> Joint:
@@ -138,7 +176,7 @@ def _resharded(
     fixed = replace(joint.problem, options=tuple(options))
     bare = replace(fixed, limits=(), budgets=(), options=_bare(options))
     try:
-        found = solve(bare, time_limit=time_limit, seed=seed, effort="normal", stop_gap=stop_gap)
+        found = searched(bare, budget, RESHARD, seed=seed, stop_gap=stop_gap)
     except InfeasibleError:
         return joint
     if found.objective >= joint.solution.objective:
@@ -149,7 +187,7 @@ def _resharded(
 
 
 def _plain(
-    frame: Frame, menus: Sequence[Menu], relaxed: Relaxation, time_limit: float, seed: int, stop_gap: float
+    frame: Frame, menus: Sequence[Menu], relaxed: Relaxation, budget: Budget, seed: int, stop_gap: float
 ) -> Joint:
     """Neither further limits nor budgets: the solver for sharding alone."""
     options: list[tuple[Option, ...]] = [()] * len(frame.names)
@@ -158,7 +196,7 @@ def _plain(
         for t in menu.tables:
             options[t] = row
     problem = Problem(frame.names, tuple(options), frame.hosts, frame.host_size, frame.capacity, frame.phases)
-    found = solve(problem, time_limit=time_limit, seed=seed, stop_gap=stop_gap)
+    found = searched(problem, budget, 1.0, seed=seed, stop_gap=stop_gap)
     return Joint(problem, found, frame.base + found.objective, relaxed)
 
 
@@ -195,7 +233,7 @@ def _attempt(
     kept: list[list[int]],
     longer: float,
     tight: float,
-    time_limit: float,
+    budget: Budget,
     seed: int,
     stop_gap: float,
 ) -> Joint | None:
@@ -224,7 +262,7 @@ def _attempt(
         frame.budgets,
     )
     compiled = compile_problem(problem)
-    work = Budget(min(time_limit, max(LEAST_WORK, min(MOST_WORK, WORK_A_TABLE * len(frame.names)))))
+    work = portion(budget, ATTEMPT, max(LEAST_WORK, min(MOST_WORK, WORK_A_TABLE * len(frame.names))))
     bound = max(relaxed.bound - frame.base, 1e-12)
     best = Incumbent(choice=choice)
     duals = relaxed.duals
@@ -232,8 +270,9 @@ def _attempt(
         duals.memory * compiled.mean_memory + compiled.mean_extra @ duals.extra + compiled.cost @ duals.cost
     )
     Polisher(compiled, bound, work, seed, prices).run(best, stop_gap)
+    budget.spend(work.work)
     if tight == TIGHTER[0] and best.value > bound * (1 + max(stop_gap, EXACT)):
-        better = improve(compiled, best, time_limit, seed)
+        better = improve(compiled, best, budget, seed)
         if better is not None:
             found = _finish(problem, better, bound, work.work)
             if found.objective < best.value:
