@@ -105,7 +105,7 @@ def cases(draw: st.DrawFn) -> Case:
     tables = tuple(
         EmbeddingTable(f"t{i}", n, d, (f"f{i}",)) for i, (n, d) in enumerate(zip(rows, dims, strict=True))
     )
-    rules = {name: draw(RULES) for name in ("*", "t0", "t1")}
+    rules = {name: draw(RULES) for name in ("*", "t0", "t1")[: count + 1]}
     optimizer = draw(st.sampled_from(["sgd", "adagrad", "rowwise_adagrad"]))
     machine = planner.topology(draw(st.sampled_from(["h100-1x2", "h100-2x2", "h100-1x4"])))
     total = sum(t.rows * t.dim for t in tables) * (8 if optimizer == "adagrad" else 4)
