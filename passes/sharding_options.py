@@ -38,7 +38,13 @@ def table_options(
         if reason:
             refused.append(f"{kind}: {reason}")
             continue
-        for option in _of_type(kind, table, topology, rule.min_column_width or constraints.min_column_width):
+        narrowest = rule.min_column_width or constraints.min_column_width
+        options = tuple(_of_type(kind, table, topology, narrowest))
+        if not options:
+            refused.append(
+                f"{kind}: {table.dim} columns have no split over these ranks into blocks of {narrowest} or more"
+            )
+        for option in options:
             unsupported = torchrec_supported(
                 table.rows,
                 table.dim,

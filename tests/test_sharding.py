@@ -165,6 +165,14 @@ def test_names_in_constraints_are_of_the_model(workload: Workload) -> None:
     assert plan.warnings[1].endswith("for the table of that name write 't[[]1]'")
 
 
+def test_columns_too_few_to_split_say_so(workload: Workload) -> None:
+    limits = planner.Constraints(tables={"t2": planner.TableConstraint(sharding_types=("column_wise",))})
+    with pytest.raises(
+        InfeasibleError, match=r"'t2'.*32 columns have no split over these ranks into blocks of 32"
+    ):
+        planner.compile(small_model(dim=32), "h100-2x2", workload, constraints=limits)
+
+
 def test_a_pin_to_a_rank_that_does_not_exist(workload: Workload) -> None:
     rules = {"t2": planner.TableConstraint(sharding_types=("table_wise",), ranks=(9,))}
     with pytest.raises(InfeasibleError, match=r"t2.*rank 9 does not exist"):
