@@ -51,18 +51,35 @@ class Report:
 
     def _print(self) -> None:
         print(f"== {self.name}")
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        texts = [[_cell(row.get(column)) for column in columns] for row in self.rows]
-        widths = [max([len(c), *(len(t[i]) for t in texts)]) for i, c in enumerate(columns)]
-        if columns:
-            print("  ".join(c.ljust(w) for c, w in zip(columns, widths, strict=True)).rstrip())
-        for text in texts:
-            print("  ".join(t.ljust(w) for t, w in zip(text, widths, strict=True)).rstrip())
+        for number, rows in enumerate(_tables(self.rows)):
+            if number:
+                print()
+            _print_table(rows)
         for note in self.notes:
             print(f"note: {note}")
         for claim in self.claims:
             mark = "ok  " if claim["ok"] else "FAIL"
             print(f"{mark} {claim['id']}: {_cell(claim['value'])} {claim['sense']} {_cell(claim['target'])}")
+
+
+def _tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows in order, a new table where less than half of a row's cells have a column in the one above."""
+    tables: list[list[dict[str, Any]]] = []
+    for row in rows:
+        known = {key for above in tables[-1] for key in above} if tables else set()
+        if tables and 2 * len(known & row.keys()) >= len(row):
+            tables[-1].append(row)
+        else:
+            tables.append([row])
+    return tables
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    texts = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(text[i]) for text in texts) for i in range(len(columns))]
+    for text in texts:
+        print("  ".join(t.ljust(w) for t, w in zip(text, widths, strict=True)).rstrip())
 
 
 def _cell(value: Any) -> str:

@@ -122,11 +122,9 @@ def progress(what: str, steps: int) -> Iterator[Callable[[int, Any], None] | Non
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("loss {task.fields[loss]:.4f}"), console=console, transient=True
-    ) as bar:
-        task = bar.add_task(what, total=steps, loss=float("nan"))
-        yield lambda rank, message: bar.update(task, completed=message[0], loss=message[1])
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console, transient=True) as bar:
+        task = bar.add_task(what, total=steps, loss="starting")
+        yield lambda rank, message: bar.update(task, completed=message[0], loss=f"loss {message[1]:.4f}")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

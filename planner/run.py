@@ -80,12 +80,12 @@ def progress(steps: int, hidden: bool = False) -> Iterator[Callable[[int, float]
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("training", total=steps, loss=float("nan"))
+        task = bar.add_task("training", total=steps, loss="starting")
 
         def on_step(step: int, loss: float) -> None:
-            bar.update(task, completed=step + 1, loss=loss)
+            bar.update(task, completed=step + 1, loss=f"loss {loss:.4f}")
 
         yield on_step
 
