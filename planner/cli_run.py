@@ -135,4 +135,6 @@ def _emitted(plan: Plan, target: str, model: str | None, path: str) -> tuple[str
         return emit_torchao(plan, named), "import it and call quantize_model(model)", []
     text = (emit_torchrec if target == "torchrec" else emit_towers)(plan, named)
     limits = list(script_limits(plan)) if target == "torchrec" else []
-    return text, f"run: torchrun --nproc-per-node {plan.topology.host_size} {Path(path)}", limits
+    hosts = plan.topology.hosts
+    nodes = f"--nnodes {hosts} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if hosts > 1 else ""
+    return text, f"run: torchrun --nproc-per-node {plan.topology.host_size} {nodes}{Path(path)}", limits

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import planner
 from planner.__main__ import main as start
 from planner.cli import cli, main
 
@@ -114,6 +115,15 @@ def test_what_needs_layers_says_so_of_a_plan_from_a_table_list(plan: Path, comma
     assert "name the model that holds its tables with --model" in refused.output
     other = run(*command.split(), str(plan), "--model", str(plan.with_name("tables.json")))
     assert "has no layers" in other.output
+
+
+def test_emit_names_every_host_in_the_command(tmp_path: Path) -> None:
+    """The launcher's line says the same as the script's own."""
+    file, script = tmp_path / "two.json", tmp_path / "train.py"
+    planner.compile("dlrm-small", "h100-2x4", time_limit=0.5).save(file)
+    command = run("emit", str(file), "-o", str(script)).output.splitlines()[0].partition("run: ")[2]
+    assert "--nproc-per-node 4 --nnodes 2 " in command
+    assert command.replace(str(script), "THIS_FILE") in script.read_text()
 
 
 def test_topologies_lists_and_prints_yaml_that_reads_back(tables: Path, tmp_path: Path) -> None:
