@@ -132,7 +132,7 @@ def capture_tables(tables: Sequence[Any], name: str, *, dim: int | None = None) 
     if not tables:
         raise InputError(f"table list {name} is empty; give it at least one table")
     entries = [
-        parse_record(TableEntry, _without_nulls(entry, at), f"{name}, table {at}")
+        parse_record(TableEntry, _without_nulls(entry, at), f"{name}, table {_called(entry, at)}")
         for at, entry in enumerate(tables)
     ]
     _unique([entry.name for entry in entries], f"{name}: table")
@@ -152,6 +152,12 @@ def capture_tables(tables: Sequence[Any], name: str, *, dim: int | None = None) 
         origin=f"table list {name}",
     )
     return Model(name, records, _lookup(records)), workload
+
+
+def _called(entry: object, at: int) -> str:
+    """The place of an entry in the list, with its name where it has one."""
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    return f"{at} ({name!r})" if isinstance(name, str) else str(at)
 
 
 def _without_nulls(entry: object, at: int) -> object:

@@ -116,7 +116,7 @@ def compile(
         captured, work = inputs(captured, workload, own_workload, mode)
     else:
         work, notes = _workload(workload, own_workload, captured, machine)
-    notes += check_names(constraints or Constraints(), captured)
+    notes += check_names(constraints or Constraints(), captured) + _plain_tables(captured)
     program = Program(
         model=captured,
         topology=machine,
@@ -201,6 +201,25 @@ def _workload(
             f"the workload lacks {len(missing)} features, such as {missing[0]!r}: one id a sample assumed"
         )
     return given, tuple(notes)
+
+
+def _plain_tables(model: Model) -> tuple[str, ...]:
+    """Said of a model whose tables lie outside TorchRec's collections: it can be planned, not yet run."""
+    plain = [
+        table.name
+        for table in model.tables
+        if table.parameter
+        and not any(
+            table.parameter.endswith(f"{attribute}.{table.name}.weight")
+            for attribute in ("embedding_bags", "embeddings")
+        )
+    ]
+    if not plain:
+        return ()
+    return (
+        f"{len(plain)} {'table is' if len(plain) == 1 else 'tables are'} in no TorchRec collection, such as {plain[0]!r}: "
+        "to run the plan, put nn.EmbeddingBag and nn.Embedding into an EmbeddingBagCollection or EmbeddingCollection",
+    )
 
 
 @functools.cache  # reading a distribution's metadata takes milliseconds

@@ -165,6 +165,18 @@ def test_names_in_constraints_are_of_the_model(workload: Workload) -> None:
     assert plan.warnings[1].endswith("for the table of that name write 't[[]1]'")
 
 
+def test_tables_outside_collections_are_planned_and_said_to_be_there() -> None:
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.EmbeddingBag(1000, 16), torch.nn.Linear(16, 1))
+    (said,) = [note for note in planner.compile(model, "h100-1x2").warnings if "collection" in note]
+    assert said.startswith(
+        "1 table is in no TorchRec collection, such as '0': to run the plan, put nn.EmbeddingBag"
+    )
+    zoo = planner.compile("dlrm-small", "h100-1x2", time_limit=0.5)
+    assert not [note for note in zoo.warnings if "collection" in note]
+
+
 def test_columns_too_few_to_split_say_so(workload: Workload) -> None:
     limits = planner.Constraints(tables={"t2": planner.TableConstraint(sharding_types=("column_wise",))})
     with pytest.raises(
