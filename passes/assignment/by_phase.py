@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.assignment.budget import Budget
+from passes.assignment.by_class import improve_by_class
 from passes.assignment.compiled import Compiled
 from passes.assignment.dual_bound import METHOD, DualBound
 from passes.assignment.dual_bound import NODES as DUAL_NODES
 from passes.assignment.fitting import fit
+from passes.assignment.host_bound import METHOD as BY_CLASS
 from passes.assignment.many_tables import choice_with_room
 from passes.assignment.overflow import Overflow
 from passes.assignment.pair_polish import PairPolish
@@ -73,10 +75,13 @@ def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int, stop
         METHOD if many else "linear program over options and phase lengths, dual feasible functions (GLOP)"
     )
     proposals: list[Proposal] = []
+    limited = bool(compiled.problem.limits or compiled.problem.budgets)
     if compiled.tables > WHOLE_TABLES and not many:
-        dual = DualBound(compiled, best.value).run(nodes=DUAL_NODES)[0]
-        if dual > bound:
-            bound, method = dual, METHOD
+        proved, how, placed = _by_class(compiled, best, budget, bound, limited, seed, stop)
+        if proved > bound:
+            bound, method = proved, how
+        if placed:
+            return bound, method
     if compiled.tables <= WHOLE_TABLES:
         from passes.assignment.whole_bound import whole_bound  # CP-SAT takes a second to load
 
@@ -91,11 +96,7 @@ def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int, stop
         proposals += [] if roomy is None else [Proposal(*roomy)]
     elif leaf is not None:
         proposals += _dives(compiled, search, leaf)
-    pairs = (
-        0.0
-        if compiled.tables <= WHOLE_TABLES or compiled.problem.limits or compiled.problem.budgets
-        else PAIRS
-    )
+    pairs = 0.0 if compiled.tables <= WHOLE_TABLES or limited else PAIRS
     rest = budget.slice(1.0 - (1.0 if many and pairs else pairs))
     _place(compiled, proposals, best, bound, rest, seed, stop)
     budget.spend(rest.work)
@@ -104,6 +105,17 @@ def improve(compiled: Compiled, best: Incumbent, budget: Budget, seed: int, stop
     if best.value < before * (1 - AGAIN) and not many:
         bound = max(bound, _bound(compiled, best.value, budget)[1])
     return bound, method
+
+
+def _by_class(
+    compiled: Compiled, best: Incumbent, budget: Budget, bound: float, limited: bool, seed: int, stop: float
+) -> tuple[float, str, bool]:
+    """Improve ``best`` in place by classes of hosts: a bound, what proved it, and whether there was an improvement."""
+    dual = DualBound(compiled, best.value).run(nodes=DUAL_NODES)[0]
+    if limited:
+        return dual, METHOD, False
+    proved, placed = improve_by_class(compiled, best, max(bound, dual), budget, seed, stop)
+    return (proved, BY_CLASS, placed) if proved > dual else (dual, METHOD, placed)
 
 
 def placements(compiled: Compiled, choice: list[int], seed: int) -> Iterator[list[list[int]]]:

@@ -28,14 +28,8 @@ from passes.assignment.target_search import Incumbent
 
 ALL = 2  # besides RANK and HOST: a table on all ranks
 KINDS = (RANK, HOST, ALL)
-PIECES = 3  # drawn on either side of a pair
-FEWER = 3  # the same where one side is a host, whose ranks are all looked at
-MOVES = ("ranks", "hosts", "ranks", "rank and all", "hosts", "rank and host", "hosts", "host and all")
+FEWER = 3  # pieces drawn where one side is a host, whose ranks are all looked at
 PARTNERS = (1, 3, 15)  # of a place, in rounds between ranks
-HOT, COLD = (
-    0.03,
-    4e-4,
-)  # tau at first and at last, as a fraction of the bound; tuned on 10,000 synthetic tables
 WEIGHT = (
     1e3  # of a share of the memory beside a load in units of tau: exceeding it by a hundredth costs exp(10)
 )
@@ -46,6 +40,43 @@ CELL_WORK = 2.5e-9  # seconds a split, rank and row, measured likewise
 
 Ints = NDArray[np.int64]
 Singles = NDArray[np.float32]
+
+
+class Cooling(NamedTuple):
+    """tau at first and at last, as a fraction of the bound; the rounds in turn; pieces drawn on either side of a pair."""
+
+    hot: float
+    cold: float
+    moves: tuple[str, ...]
+    pieces: int
+
+
+# Tuned on 10,000 synthetic tables, whose placements start far from even:
+FAR = Cooling(
+    hot=0.03,
+    cold=4e-4,
+    moves=("ranks", "hosts", "ranks", "rank and all", "hosts", "rank and host", "hosts", "host and all"),
+    pieces=3,
+)
+_OFTEN_RANKS = (
+    *(
+        "ranks",
+        "hosts",
+        "ranks",
+        "rank and host",
+        "ranks",
+        "hosts",
+        "ranks",
+        "rank and all",
+        "ranks",
+        "hosts",
+    ),
+    *("ranks", "host and all"),
+)
+# For placements whose hosts have the right tables at the start, tuned on 856 tables on 128 ranks; where the start is
+# less good, hotter ones end lower:
+NEAR = Cooling(hot=0.003, cold=1.5e-4, moves=_OFTEN_RANKS, pieces=4)
+WARM = Cooling(hot=0.015, cold=2e-4, moves=_OFTEN_RANKS, pieces=4)
 
 
 class Side(NamedTuple):
@@ -147,12 +178,12 @@ class PairPolish:
             return float("inf")
         return float((self.loads.max(axis=0) + self.fixed)[:-1].sum())
 
-    def run(self, budget: Budget, bound: float, stop: float = 0.0) -> None:
+    def run(self, budget: Budget, bound: float, stop: float = 0.0, cooling: Cooling = FAR) -> None:
         """Improve the incumbent in place until the budget is spent, or its gap to the bound is at most ``stop``."""
-        number = 0
+        number, self.cooling = 0, cooling
         while not budget.spent() and self.best.value > bound * (1 + stop):
             part = min(budget.work / budget.limit, 1.0)
-            self.tau = bound * HOT * (COLD / HOT) ** part
+            self.tau = bound * cooling.hot * (cooling.cold / cooling.hot) ** part
             self._round(number, budget)
             number += 1
             if number % EXACT == 0:
@@ -163,7 +194,7 @@ class PairPolish:
 
     def _round(self, number: int, budget: Budget) -> None:
         """One of the moves."""
-        move = MOVES[number % len(MOVES)]
+        move = self.cooling.moves[number % len(self.cooling.moves)]
         if move == "ranks":
             self._pairs(RANK, budget, PARTNERS[number // 2 % len(PARTNERS)])
         elif move == "hosts":
@@ -194,7 +225,7 @@ class PairPolish:
 
     def _pairs(self, kind: int, budget: Budget, partners: int = 1) -> None:
         """Pieces between two ranks or two hosts: random pairs, or the slowest places with some partners each."""
-        count, most = self.count[kind], PIECES
+        count, most = self.count[kind], self.cooling.pieces
         if count < 2:
             return
         self._weigh()
@@ -218,7 +249,7 @@ class PairPolish:
     def _with_all(self, kind: int, budget: Budget) -> None:
         """Tables between a rank or a host and all ranks; all taken back where the memory does not suffice."""
         pool = np.flatnonzero((self.kind == ALL) & self.can[kind])
-        most = PIECES if kind == RANK else FEWER
+        most = self.cooling.pieces if kind == RANK else FEWER
         drawn = self._drawn(kind, ALL, most)
         dealt = np.full(self.count[kind] * most, -1)
         some = self.random.permutation(pool)[: len(dealt)]
