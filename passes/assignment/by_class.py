@@ -29,7 +29,7 @@ NUMBERS = 3  # of hosts in the first class that are looked at
 COOLINGS = (NEAR, WARM)  # of two runs of polishing, of which the better counts
 BOUND_SHARE = 0.5  # of the work, at most
 COLUMN_WORK = (
-    1.2e-5  # seconds an option and class of a program, measured on one core of the development machine
+    1.2e-5  # seconds an option and class in a program, measured on one core of the development machine
 )
 INSERT_WORK = 70e-6  # seconds a table placed, measured likewise
 WIDTH = 0.01  # of a room: how far it may move in one solution of the program
@@ -60,7 +60,7 @@ def improve_by_class(
     if not search.program.complete:
         return bound, False
     work = COLUMN_WORK * CLASSES * len(search.program.owner)
-    proved, leaf = search.run(int(min(NODES, BOUND_SHARE * budget.limit / work)))
+    proved, leaf = search.run(int(min(NODES, BOUND_SHARE * budget.limit / work)), bound)
     bound = max(bound, proved)
     proposal = _proposal(search, LEAVES) if leaf is not None else None
     places = None if proposal is None else place(compiled, proposal, budget)

@@ -25,6 +25,7 @@ NEAR = 1e-7  # relative: a room this close above a sum is that sum
 CLOSE = 1e-9  # taken off for the rounding of a few thousand additions
 SLOPE = 0.5  # price of a room at which boxes are narrowed, beside its weight of one
 HOST_SLOPE = 0.1  # the same of all hosts, in incumbents
+FAR = 0.02  # below a known bound: what a search does not catch up
 STEP = 0.02  # of a room: how far above it a box is split
 METHOD = "linear program over options, classes of hosts and phase lengths (GLOP)"
 
@@ -45,20 +46,24 @@ class HostBound:
         self.program = HostProgram(compiled, incumbent)
         self.incumbent = incumbent
 
-    def run(self, nodes: int = NODES) -> tuple[float, Leaf | None]:
-        """(bound in seconds, best open leaf); the leaf is None when nothing is better than the incumbent."""
+    def run(self, nodes: int = NODES, known: float = 0.0) -> tuple[float, Leaf | None]:
+        """(bound in seconds, best open leaf); the leaf is None when nothing is better than the incumbent.
+
+        The search gives up where it starts far below a ``known`` bound.
+        """
         program = self.program
         if not program.complete:
             return self.incumbent, None
         leaves = self._search(self._leaves([program.whole()], 0.0), nodes, held=True)
-        if leaves and self._ready(leaves[0].box):
+        hopeful = bool(leaves) and leaves[0].value * self.incumbent > known * (1 - FAR)
+        if hopeful and self._ready(leaves[0].box):
             first = leaves[0]
             box = self._narrow(first.box)
             program.pairs = self._pairs(Leaf(first.value, box, first.found))
             leaves = self._search([*leaves[1:], *self._leaves([box], first.value)], nodes, held=False)
-        self.open = leaves
+        self.open = leaves if hopeful else []
         least = leaves[0].value if leaves else 1.0
-        return least * self.incumbent * (1 - CLOSE), leaves[0] if leaves else None
+        return least * self.incumbent * (1 - CLOSE), leaves[0] if hopeful else None
 
     def _leaves(self, boxes: list[Box], least: float) -> list[Leaf]:
         """The boxes with solutions that may be better than the incumbent."""

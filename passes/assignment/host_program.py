@@ -3,10 +3,9 @@
 It knows two things that averages over all ranks (:mod:`passes.assignment.room_program`) do not.
 
 Hosts fall into CLASSES by what their pieces of scope "host" leave in one phase whose pieces have few sizes, the held
-phase: so many of its most common single pieces fit a rank as beside nothing, one fewer, or fewer still. Each
-class obeys the limits by itself, with its number of hosts a variable. Products of that number and a room are
-replaced by their envelope over the box (McCormick 1976, Computability of global solutions to factorable nonconvex
-programs).
+phase: as many of its most common single pieces fit a rank as beside nothing, or fewer. Each class obeys the limits
+by itself, with its number of hosts a variable. Products of that number and a room are replaced by their envelope over
+the box (McCormick 1976, Computability of global solutions to factorable nonconvex programs).
 
 A rank that holds a piece of load ``a`` in phase ``p`` has room for ``c_p - a``, and so for no more than
 ``rho (c_p - a)`` of phase ``q``, where ``rho`` is the largest ratio of the two loads in any piece. The
@@ -35,7 +34,7 @@ from passes.assignment.packing_bound import dual_feasible
 from passes.assignment.problem import Floats
 from passes.assignment.room_program import Rooms
 
-CLASSES = 2
+CLASSES = 2  # with more, the bound of 856 tables gains nothing for twice the time
 FEW_SIZES = 8  # different sizes of pieces that the held phase may have
 MOST_PIECES = 8  # of the most common size that fit a rank, with which classes still matter
 NEAR = 0.01  # of the smallest size: sums closer than this are one cluster
@@ -130,7 +129,7 @@ class HostProgram(Rooms):
         for p in np.flatnonzero((self.load > 0).all(axis=0)):
             self.ratio[p] = (self.load / self.load[:, [p]]).max(axis=0, initial=0.0) * (1 + ROUND)
         self.pairs: tuple[tuple[int, int], ...] = ()  # phases p and q of the liftings, one for each q at most
-        self._solvers: dict[bytes, _Solver] = {}
+        self._solvers: dict[tuple[float, bool], _Solver] = {}
 
     def _held(self) -> tuple[int, Floats]:
         """The phase with the fewest sizes and the sums of these; -1 where none has few, or hosts have no pieces."""
@@ -195,7 +194,7 @@ class HostProgram(Rooms):
         fits[self.owner[~open_groups]] = False
         if not np.logical_or.reduceat(fits, self.edges[:-1]).all():
             return None
-        key = box.high[max(self.held, 0) :][:1].tobytes() + bytes([self.alone(box)])
+        key = (float(box.high[self.held]) if self.held >= 0 else 1.0, self.alone(box))
         if key not in self._solvers:
             self._solvers[key] = _Solver(self, self.classes(box))
         solver = self._solvers[key]
@@ -229,9 +228,7 @@ def _merged(load: Floats) -> tuple[Ints, Ints, Floats]:
 def _sums(sizes: Floats) -> Floats:
     """(2, n): edges of clusters of sums of sizes, from 0 to 1; no columns where there are too many."""
     width = NEAR * float(sizes.min())
-    cells: dict[int, tuple[float, float]] = {
-        0: (0.0, 0.0)
-    }  # by place on a grid: the least and the largest sum
+    cells = {0: (0.0, 0.0)}  # by place on a grid: the least and the largest sum
     todo = [0]
     while todo:
         at = heapq.heappop(todo)  # cells in order: sums only grow
