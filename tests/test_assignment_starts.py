@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from passes.assignment import Option, Piece, Problem, solve
 from passes.assignment.compiled import compile_problem
+from passes.assignment.relaxation import average_bound
 from passes.assignment.shelves import alike, shelf_choice
-from passes.assignment.starts import swept_choices
+from passes.assignment.starts import WHOLE_SHARES, memory_choices, swept_choices
 
 
 def machine(menus: list[tuple[Option, ...]], hosts: int, size: int) -> Problem:
@@ -84,3 +87,39 @@ def test_the_sweep_tries_pieces_just_below_the_largest() -> None:
     compiled = compile_problem(problem)
     assert [1, 1] in swept_choices(compiled, 0.6)
     assert solve(problem, effort="quick").objective == 0.48
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_choices_for_tight_memory_are_the_best_of_all(seed: int) -> None:
+    """The least average of every choice that fits, tried one by one; equal tables and one large one."""
+    rng = np.random.default_rng(seed)
+    shapes = [
+        (float(a), float(b)) for a, b in zip(rng.uniform(0.5, 4.0, 3), rng.uniform(2.5, 4.0, 3), strict=True)
+    ]
+    menus = []
+    for load, size in [shapes[0]] * 3 + [shapes[1]] * 3 + [(2.0, 9.0)]:
+        menus.append(
+            (
+                Option("fast", (Piece("rank", (load,), size),)),
+                Option("half", (Piece("rank", (2.5 * load,), 0.5 * size),)),
+                Option("slow", (Piece("rank", (9.0 * load,), 0.1 * size),)),
+            )
+        )
+    problem = Problem(tuple("abcdefg"), tuple(menus), 1, 2, 6.0, ("all",))
+    compiled = compile_problem(problem)
+    bound, relaxed = average_bound(compiled)
+    assert relaxed.price > 0
+    flat = [np.arange(a, b) for a, b in itertools.pairwise(compiled.start)]
+    allowed = compiled.usable & (compiled.total_biggest <= bound * (1 + 1e-9))
+    averages = []
+    for share in WHOLE_SHARES:
+        least = math.inf
+        for options in itertools.product(*flat):
+            chosen = list(options)
+            if compiled.mean_memory[chosen].sum() <= 6.0 * share and allowed[chosen].all():
+                least = min(least, float(compiled.total_share[chosen].sum()))
+        averages.append(least)
+    made = [
+        compiled.total_share[compiled.start[:-1] + np.array(c)].sum() for c in memory_choices(compiled, bound)
+    ]
+    assert made == pytest.approx(sorted({round(a, 9) for a in averages if math.isfinite(a)}), rel=2e-3)

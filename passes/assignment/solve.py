@@ -18,6 +18,7 @@ from passes.assignment.relaxation import average_bound
 from passes.assignment.shelves import alike, shelf_choice
 from passes.assignment.starts import (
     MANY_TABLES,
+    memory_choices,
     relaxed_choices,
     roomy_choices,
     swept_choices,
@@ -42,6 +43,9 @@ MOST_WORK = 12.0  # seconds that a normal effort spends at most with several pha
 MANY_WORK = 30.0  # the same with thousands of tables, which are placed once and then polished
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
+EARLY_SHARE = (
+    0.15  # of the packing's work for polishing before walks, with one phase and more than FEW tables
+)
 FAR = 0.15  # relative gap above which a quick search goes on as a normal one
 FAR_FEW, HANDFUL = 0.05, 10  # the same with few tables, but more than a handful, which it seldom helps
 FEW = 40  # tables up to which a quick search settles in a few hundred packings, from more starts
@@ -125,7 +129,7 @@ def _search(
     budget: Budget,
     seed: int,
     stop_gap: float,
-    known: Incumbent,
+    start: Incumbent,
 ) -> Incumbent:
     """Starts, walks over the choices, then polishing of the placement, within a budget."""
     search = TargetSearch(compiled, bound, price, budget, seed, _objective(compiled))
@@ -138,12 +142,31 @@ def _search(
     if thresholds is not None:
         starts.insert(0, thresholds)
     search.budget = budget.slice(PACKING_SHARE if several else 1.0 - POLISH_SHARE)
-    search.walks(_ordered(search, starts), stop_gap)
+    ordered = _ordered(search, starts)
+    early = Incumbent()
+    if not several and compiled.tables > FEW:
+        early = _polished_early(search, price, seed, stop_gap)
+    search.walks(ordered, stop_gap)
     budget.spend(search.budget.work)
-    best = min(search.best, replace(known), key=lambda found: found.value)
+    best = min(search.best, replace(start), early, key=lambda found: found.value)
     if best.choice and not budget.spent() and best.value > bound * (1 + max(stop_gap, OPTIMAL)):
         Polisher(compiled, bound, budget, seed).run(best, stop_gap)
     return best
+
+
+def _polished_early(search: TargetSearch, price: float, seed: int, stop_gap: float) -> Incumbent:
+    """The best packing so far, and where memory binds choices that use it up, polished briefly.
+
+    Walks end at choices that pack well; some that do not are better once they are polished.
+    """
+    choices = memory_choices(search.compiled, search.bound) if price > 0 else []
+    known = [replace(search.best), *(Incumbent(choice=choice) for choice in choices)]
+    for k, here in enumerate(known):
+        if here.choice:
+            part = search.budget.slice(EARLY_SHARE / (len(known) - k))
+            Polisher(search.compiled, search.bound, part, seed).run(here, stop_gap)
+            search.budget.spend(part.work)
+    return min(known, key=lambda found: found.value)
 
 
 def _ordered(search: TargetSearch, starts: list[list[int]]) -> list[Sequence[int]]:
@@ -185,7 +208,7 @@ def _allowance(compiled: Compiled, effort: Effort) -> float:
         return min(packing * 4000, MOST_WORK) if len(compiled.problem.phases) > 1 else packing * 4000
     # a few dozen tables settle in a few hundred packings, a hundred and more do not
     few = min(max(20 * compiled.problem.ranks, 320), 1500, FEW_PACKINGS * compiled.tables)
-    return packing * (few if compiled.tables <= FEW else 4000)
+    return packing * (few if compiled.tables <= FEW else 2000)
 
 
 def _objective(compiled: Compiled) -> Callable[[Sequence[int], list[list[int]]], float] | None:

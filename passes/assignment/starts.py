@@ -18,6 +18,9 @@ LIMITS = (1.0, 1.05, 1.15, 1.4, 0.7, 0.5, 0.35, 0.2, 0.1)
 SWEPT = (0.1, 1.1)  # multiples of the bound between which the sizes of pieces are swept
 SWEEPS = 20  # sizes at most
 ROOM = (0.0, 0.002, 0.01)  # excess over the bound at which a piece may stand beside the fixed load
+WHOLE_SHARES = (0.995, 0.99, 0.98, 0.95)  # of the memory that such a choice may use on average
+WHOLE_NODES = 2000  # of the search for it
+WHOLE_GAP = 1e-3  # relative, at which it stops
 COMMON = 0.9  # an option label that this share of the tables has makes a uniform plan
 
 
@@ -66,6 +69,53 @@ def roomy_choices(compiled: Compiled, bound: float) -> list[list[int]]:
             allowed = compiled.usable & (piece <= np.maximum(room, least)[compiled.table])
             chosen = relax(compiled, allowed).choice
         choice = [int(j) for j in chosen - compiled.start[:-1]]
+        if choice not in made:
+            made.append(choice)
+    return made
+
+
+def memory_choices(compiled: Compiled, bound: float) -> list[list[int]]:
+    """Where memory binds: choices of the least average that leave a share of it for packing, in whole options.
+
+    The relaxation may split a large table, and rounds equal tables all one way. A mixed-integer program counts how many
+    of each set of equal tables take each option (the multiple-choice knapsack problem; solved by SCIP).
+    """
+    from ortools.linear_solver import pywraplp  # takes a second to load
+
+    floor = piece_floor(compiled)
+    least = np.minimum.reduceat(np.where(compiled.usable, floor, np.inf), compiled.start[:-1])
+    allowed = compiled.usable & (floor <= np.maximum(bound, least)[compiled.table] * (1 + 1e-9))
+    classes: dict[int, list[int]] = {}
+    for t in range(compiled.tables):
+        classes.setdefault(id(compiled.choices[t]), []).append(t)  # compile_problem shares equal ones
+    made: list[list[int]] = []
+    for share in WHOLE_SHARES:
+        solver = pywraplp.Solver.CreateSolver("SCIP")
+        solver.SetSolverSpecificParametersAsString(
+            f"limits/nodes = {WHOLE_NODES}\nlimits/gap = {WHOLE_GAP}\n"
+        )
+        memory = solver.Constraint(-solver.infinity(), share)
+        objective = solver.Objective()
+        objective.SetMinimization()
+        counts = []
+        for members in classes.values():
+            first = int(compiled.start[members[0]])
+            whole = solver.Constraint(float(len(members)), float(len(members)))
+            row = []
+            for o in range(first, int(compiled.start[members[0] + 1])):
+                count = solver.IntVar(0, float(len(members)) if allowed[o] else 0.0, "")
+                whole.SetCoefficient(count, 1.0)
+                memory.SetCoefficient(count, float(compiled.mean_memory[o] / compiled.problem.capacity))
+                objective.SetCoefficient(count, float(compiled.total_share[o] / bound))
+                row.append(count)
+            counts.append((members, row))
+        if solver.Solve() not in (pywraplp.Solver.OPTIMAL, pywraplp.Solver.FEASIBLE):
+            continue
+        choice = [0] * compiled.tables
+        for members, row in counts:
+            options = [j for j, count in enumerate(row) for _ in range(round(count.solution_value()))]
+            for t, j in zip(members, options, strict=True):
+                choice[t] = j
         if choice not in made:
             made.append(choice)
     return made
