@@ -42,7 +42,8 @@ def table_options(
         options = tuple(_of_type(kind, table, topology, narrowest))
         if not options:
             refused.append(
-                f"{kind}: {table.dim} columns have no split over these ranks into blocks of {narrowest} or more"
+                f"{kind}: {table.dim} columns have no split over these ranks into blocks of {narrowest} or more "
+                "(min_column_width)"
             )
         for option in options:
             unsupported = torchrec_supported(
