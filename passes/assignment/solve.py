@@ -36,9 +36,9 @@ WHOLE_TABLES = 64  # tables up to which it is computed with whole options
 FEW_TABLES = 64  # tables up to which, with several phases, the first search has the whole work
 FIRST_MANY = 0.2  # its share with more
 SECOND = 0.8  # share of the work for placements fitted to the phases
-# the same from a known start, without the first search: 856 tables on fewer hosts and with other links take 1.8 to 2.9
-# times less than with all the work, for objectives within 0.6 % of its
-WARM = 0.25
+# the same from a known start, without the first search: 856 tables on half the hosts take half the work for an objective
+# 0.7 % above that of planning anew
+WARM = 0.4
 MOST_WORK = 12.0  # seconds that a normal effort spends at most with several phases
 MANY_WORK = 30.0  # the same with thousands of tables, which are placed once and then polished
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
