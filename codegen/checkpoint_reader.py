@@ -11,6 +11,7 @@ import collections
 import io
 import pathlib
 import pickle
+import pickletools
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, BinaryIO, cast
@@ -55,6 +56,7 @@ def read_index(file: BinaryIO, what: str) -> Metadata:
     if len(data) > MAX_METADATA_BYTES:
         raise InputError(f"{what} is larger than {MAX_METADATA_BYTES} bytes; it is no checkpoint's index")
     try:
+        _check_memo(data)
         found = _Unpickler(io.BytesIO(data)).load()
     except InputError as error:
         raise InputError(f"{what} is not read: {error}") from None
@@ -63,6 +65,13 @@ def read_index(file: BinaryIO, what: str) -> Metadata:
     if not isinstance(found, Metadata) or not _sound(found):
         raise InputError(f"{what} does not list the tensors of a checkpoint; it was edited or damaged")
     return found
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a memo place beyond what the bytes could fill: the unpickler makes room for all places below it."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise InputError(f"place {argument} of its memo is beyond its end")
 
 
 def _sound(found: Metadata) -> bool:

@@ -156,6 +156,17 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / ".metadata").read_bytes()
 
 
+def test_a_memo_place_far_beyond_the_index() -> None:
+    """Found by damage: the unpickler would take 13 GB for the places below."""
+    from codegen.checkpoint_reader import read_index
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for put in (b"r\x53\x57\x43\x31", b"p826500947\n"):
+        with pytest.raises(InputError, match="memo is beyond its end"):
+            read_index(io.BytesIO(b"\x80\x02}" + put + b"."), "index")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(at=st.integers(0, 10**6), new=st.binary(max_size=6), cut=st.booleans())
 def test_damaged_checkpoint_indexes(at: int, new: bytes, cut: bool, index: bytes) -> None:
