@@ -157,7 +157,7 @@ def capture_tables(tables: Sequence[Any], name: str, *, dim: int | None = None) 
 def _called(entry: object, at: int) -> str:
     """The place of an entry in the list, with its name where it has one."""
     name = entry.get("name") if isinstance(entry, Mapping) else None
-    return f"{at} ({name!r})" if isinstance(name, str) else str(at)
+    return f"{at} ({clipped(name)!r})" if isinstance(name, str) else str(at)
 
 
 def _without_nulls(entry: object, at: int) -> object:
