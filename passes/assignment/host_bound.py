@@ -1,9 +1,9 @@
 """Branch and bound over rooms and numbers of hosts, on the program of :mod:`passes.assignment.host_program`.
 
 Best first. The held phase is split at the sums of its pieces until the best box has one. That box is then narrowed to
-where better solutions than the incumbent can be, and the two phases of the lifting are chosen by trial. From there on a
-box is split where its optimum is furthest from obeying what the program relaxes: a number of hosts, or a room of the
-lifting.
+where better solutions than the incumbent can be, and for each phase the lifting is chosen that its optimum violates most.
+From there on a box is split where its optimum is furthest from obeying what the program relaxes: a number of hosts, or
+a room of a lifting.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from passes.assignment.host_program import CLASSES, Box, Found, HostProgram, Til
 from passes.assignment.problem import Floats
 
 NODES = 80  # boxes solved at most
-TRIAL = 10  # boxes for each pair of phases that is tried
-TRIED = 3  # pairs that are tried
 APART = 1e-5  # violation that is worth a split, in incumbents
 NEAR = 1e-7  # relative: a room this close above a sum is that sum
 CLOSE = 1e-9  # taken off for the rounding of a few thousand additions
@@ -119,24 +117,15 @@ class HostBound:
         """
         program = self.program
         low, high, least, most = (edge.copy() for edge in (box.low, box.high, box.least, box.most))
-        none = Tilt(np.zeros(program.phases), np.zeros(CLASSES))
-        for edges, slope, which in (
-            ((low, high), SLOPE, [p for p in range(program.phases) if p != program.held]),
-            ((least, most), HOST_SLOPE / program.total_hosts, range(CLASSES)),
-        ):
-            for i in which:
-                for edge, t in zip(edges, (slope, -slope), strict=True):
-                    rooms = edges[0] is low
-                    size = program.phases if rooms else CLASSES
-                    tilt = np.where(np.arange(size) == i, t, 0.0)
-                    tilted = replace(none, rooms=tilt) if rooms else replace(none, hosts=tilt)
-                    found = program.solve(Box(low, high, least, most), tilted)
-                    if found is None:
-                        continue
-                    limit = (found.value - 1.0) / t
-                    if not rooms:
-                        limit = np.ceil(limit - NEAR) if t > 0 else np.floor(limit + NEAR)
-                    edge[i] = max(edge[i], limit) if t > 0 else min(edge[i], limit)
+        for p in range(program.phases):
+            for t in (SLOPE, -SLOPE) if p != program.held else ():
+                tilt = Tilt(_edge(np.zeros(program.phases), p, t), np.zeros(CLASSES))
+                _limit(low, high, p, t, program.solve(Box(low, high, least, most), tilt))
+        for k in range(CLASSES):
+            for t in (HOST_SLOPE / program.total_hosts, -HOST_SLOPE / program.total_hosts):
+                tilt = Tilt(np.zeros(program.phases), _edge(np.zeros(CLASSES), k, t))
+                _limit(least, most, k, t, program.solve(Box(low, high, least, most), tilt))
+                least, most = np.ceil(least - NEAR), np.floor(most + NEAR)
         return self._hosts_left(Box(low, high, least, most))
 
     def _pairs(self, leaf: Leaf) -> tuple[tuple[int, int], ...]:
@@ -199,6 +188,17 @@ class HostBound:
 
 def _possible(box: Box) -> bool:
     return bool((box.low <= box.high).all() and (box.least <= box.most).all())
+
+
+def _limit(low: Floats, high: Floats, at: int, price: float, found: Found | None) -> None:
+    """Move one edge, in place, to where the tilted optimum says that the objective reaches the incumbent."""
+    if found is None:
+        return
+    limit = (found.value - 1.0) / price
+    if price > 0:
+        low[at] = max(low[at], limit)
+    else:
+        high[at] = min(high[at], limit)
 
 
 def _edge(edges: Floats, at: int, value: float) -> Floats:
