@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import HOST, Choice, Compiled, Group
+from passes.assignment.fitting import insert_all
 from passes.assignment.host_bound import NODES, HostBound, Leaf
-from passes.assignment.host_program import CLASSES, Box, Found
-from passes.assignment.insertion import State, insert
+from passes.assignment.host_classes import CLASSES
+from passes.assignment.host_program import Box, Found
+from passes.assignment.insertion import State
 from passes.assignment.pair_polish import NEAR, WARM, PairPolish
 from passes.assignment.problem import Floats
 from passes.assignment.target_search import Incumbent
@@ -31,7 +33,6 @@ BOUND_SHARE = 0.5  # of the work, at most
 COLUMN_WORK = (
     1.2e-5  # seconds an option and class in a program, measured on one core of the development machine
 )
-INSERT_WORK = 70e-6  # seconds a table placed, measured likewise
 WIDTH = 0.01  # of a room: how far it may move in one solution of the program
 MOVES = 6  # solutions of the program from one leaf
 HELD = 1e-6  # relative slack of the held phase
@@ -144,13 +145,13 @@ def _cheapest(cost: Floats, groups: NDArray[np.int64]) -> Floats:
 
 
 class _Price:
-    """Prices of places for :func:`passes.assignment.insertion.insert`."""
+    """Prices of places for a table whose pieces belong on hosts of class ``kind``."""
 
-    def __init__(self, proposal: Proposal) -> None:
+    def __init__(self, proposal: Proposal, kind: int) -> None:
         self.targets, self.held = np.maximum(proposal.targets, 1e-300), proposal.held
         self.first = proposal.first
         self.usual = proposal.usual
-        self.kind = -1
+        self.kind = kind
 
     def __call__(self, state: State, group: Group, levels: int) -> Floats:
         size = state.problem.host_size
@@ -172,30 +173,12 @@ class _Price:
 
 def place(compiled: Compiled, proposal: Proposal, budget: Budget) -> list[list[int]] | None:
     """Places of all pieces; None when one fits nowhere."""
-    held = proposal.held
-    problem = compiled.problem
-    state = State(problem, np.zeros((problem.ranks, len(problem.phases))), np.zeros(problem.ranks))
     chosen = [compiled.choices[t][j] for t, j in enumerate(proposal.choice)]
-    for choice in chosen:
-        state.add_everywhere(choice)
-    if not state.fits():
-        return None
-    targets = np.maximum(proposal.targets, 1e-300)
-    price = _Price(proposal)
-    sizes = np.array([_size(choice, np.where(held, 0.0, 1.0 / targets)) for choice in chosen])
-    places: list[list[int]] = [[-1] * choice.size for choice in chosen]
-    for t in np.argsort(-sizes, kind="stable"):
-        choice = chosen[t]._replace(fixed_memory=0.0, fixed_extra=())  # on the state already
-        if not choice.groups:
-            continue
-        budget.spend(INSERT_WORK)
-        price.kind = proposal.kind[t]
-        found = insert(state, choice, price)
-        if found is None:
-            return None
-        places[t] = found
-        state.add(choice, found)
-    return places
+    weights = np.where(proposal.held, 0.0, 1.0 / np.maximum(proposal.targets, 1e-300))
+    sizes = np.array([_size(choice, weights) for choice in chosen])
+    prices = {kind: _Price(proposal, kind) for kind in set(proposal.kind)}
+    order = np.argsort(-sizes, kind="stable")
+    return insert_all(compiled.problem, chosen, order, lambda t: prices[proposal.kind[t]], budget)
 
 
 def _size(choice: Choice, weights: Floats) -> float:

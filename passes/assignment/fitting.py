@@ -7,12 +7,15 @@ goes, largest first, where it exceeds the targets least and, among those, where 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from passes.assignment.budget import Budget
 from passes.assignment.compiled import HOST, Choice, Compiled, Group
-from passes.assignment.insertion import State, insert
-from passes.assignment.problem import Floats
+from passes.assignment.insertion import Price, State, insert
+from passes.assignment.problem import Floats, Problem
 
 EXCEED = 1e3  # weight of a relative excess over the target beside the evenness of the loads
 INSERT_WORK = 70e-6  # seconds a table placed, measured on one core of the development machine
@@ -45,24 +48,42 @@ def fit(
     compiled: Compiled, choices: list[int], targets: Floats, fill: float, budget: Budget
 ) -> list[list[int]] | None:
     """Places of all pieces; None when one fits nowhere. ``targets`` (K,) are seconds of placed pieces."""
-    problem = compiled.problem
-    state = State(problem, np.zeros((problem.ranks, len(problem.phases))), np.zeros(problem.ranks))
     chosen = [compiled.choices[t][j] for t, j in enumerate(choices)]
     targets = np.maximum(targets, 1e-300)
+    spread = _spread(chosen, len(targets))
+    sizes = np.array([_size(choice, spread / targets, compiled.problem.capacity) for choice in chosen])
+    price = _Price(targets, fill, spread)
+    return insert_all(compiled.problem, chosen, np.argsort(-sizes, kind="stable"), lambda _: price, budget)
+
+
+def insert_all(
+    problem: Problem,
+    chosen: list[Choice],
+    order: NDArray[np.int64],
+    price: Callable[[int], Price],
+    budget: Budget,
+) -> list[list[int]] | None:
+    """Places of the chosen options of all tables, one after the other; None when one fits nowhere.
+
+    Args:
+        problem: the machine.
+        chosen: option of each table.
+        order: of the tables.
+        price: of places, for a table.
+        budget: pays for the work.
+    """
+    state = State(problem, np.zeros((problem.ranks, len(problem.phases))), np.zeros(problem.ranks))
     for choice in chosen:
         state.add_everywhere(choice)
     if not state.fits():
         return None
-    spread = _spread(chosen, len(targets))
-    price = _Price(targets, fill, spread)
-    sizes = np.array([_size(choice, spread / targets, problem.capacity) for choice in chosen])
     places: list[list[int]] = [[-1] * choice.size for choice in chosen]
-    for t in np.argsort(-sizes, kind="stable"):
+    for t in order:
         choice = chosen[t]._replace(fixed_memory=0.0, fixed_extra=())  # on the state already
         if not choice.groups:
             continue
         budget.spend(INSERT_WORK + CELL_WORK * state.loads.size)
-        found = insert(state, choice, price)
+        found = insert(state, choice, price(int(t)))
         if found is None:
             return None
         places[t] = found
