@@ -15,7 +15,8 @@ from passes.assignment.budget import Budget
 from passes.assignment.by_class import improve_by_class
 from passes.assignment.compiled import compile_problem
 from passes.assignment.host_bound import HostBound
-from passes.assignment.host_program import CLASSES, Box, HostProgram
+from passes.assignment.host_classes import CLASSES
+from passes.assignment.host_program import Box, HostProgram
 from passes.assignment.room_bound import RoomBound
 from passes.assignment.target_search import Incumbent
 from tests.test_assignment import exhaustive, placements

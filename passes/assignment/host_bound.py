@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.assignment.compiled import Compiled
-from passes.assignment.host_program import CLASSES, Box, Found, HostProgram, Tilt
+from passes.assignment.host_classes import CLASSES
+from passes.assignment.host_program import Box, Found, HostProgram, Tilt
 from passes.assignment.problem import Floats
 
 NODES = 80  # boxes solved at most

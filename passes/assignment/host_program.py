@@ -22,7 +22,6 @@ the Lagrangian at its prices, evaluated here (Neumaier and Shcherbina 2004), as 
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,17 +29,11 @@ from numpy.typing import NDArray
 from ortools.linear_solver import pywraplp
 
 from passes.assignment.compiled import HOST, Compiled
+from passes.assignment.host_classes import CLASSES, ROUND, Classes, classes_of, held_phase, one_class
 from passes.assignment.packing_bound import dual_feasible
 from passes.assignment.problem import Floats
 from passes.assignment.room_program import Rooms
 
-CLASSES = 2  # with more, the bound of 856 tables gains nothing for twice the time
-FEW_SIZES = 8  # different sizes of pieces that the held phase may have
-MOST_PIECES = 8  # of the most common size that fit a rank, with which classes still matter
-NEAR = 0.01  # of the smallest size: sums closer than this are one cluster
-SUMS = 2000  # sums of sizes that are looked at
-ROUND = 1e-9  # relative: room for rounding
-LOOSE = 1e-9  # the same of a sum of sizes, which are shares of the incumbent
 FUNCTIONS = 2  # dual feasible functions added for a class and round
 VIOLATED = 1e-6
 ROUNDS = 4
@@ -58,18 +51,6 @@ class Box:
     high: Floats
     least: Floats
     most: Floats
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Classes:
-    """Of hosts: room that single pieces have at most in the held phase, and what pieces of hosts take at most.
-
-    ``usual`` is what they take at most where one single piece is lost for each class before.
-    """
-
-    left: Floats
-    taken: Floats
-    usual: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,23 +105,12 @@ class HostProgram(Rooms):
         self.weight = np.bincount(self.merged, self.scale * (1 - ROUND))
         self.load: Floats = load[:, first]
         self.phases = len(first)
-        self.held, self.steps = self._held()
+        self.held, self.steps = held_phase(self.load)
         self.ratio = np.full((self.phases, self.phases), np.inf)  # (p, q): largest load in q over that in p
         for p in np.flatnonzero((self.load > 0).all(axis=0)):
             self.ratio[p] = (self.load / self.load[:, [p]]).max(axis=0, initial=0.0) * (1 + ROUND)
         self.pairs: tuple[tuple[int, int], ...] = ()  # phases p and q of the liftings, one for each q at most
         self._solvers: dict[tuple[float, bool], _Solver] = {}
-
-    def _held(self) -> tuple[int, Floats]:
-        """The phase with the fewest sizes and the sums of these; -1 where none has few, or hosts have no pieces."""
-        best, steps = -1, np.zeros((2, 0))
-        sizes = [np.unique(self.load[:, p][self.load[:, p] > 0]) for p in range(self.phases)]
-        for p, found in enumerate(sizes):
-            if 0 < len(found) <= FEW_SIZES and (best < 0 or len(found) < len(sizes[best])):
-                best = p
-        if best >= 0:
-            steps = _sums(sizes[best])
-        return (best, steps) if steps.size else (-1, steps)
 
     def inflated(self, box: Box) -> Floats:
         """(groups, phases): the loads as they may be counted."""
@@ -159,27 +129,9 @@ class HostProgram(Rooms):
 
     def classes(self, box: Box) -> Classes:
         """One class, or ``CLASSES`` of them where the room of the held phase is known."""
-        one = Classes(np.array([box.high[max(self.held, 0)]]), np.array([np.inf]), np.array([np.inf]))
-        if not self.alone(box) or not self.on_host.any() or self.on_host.all():
-            return one
-        room = float(box.high[self.held])
-        size = self.load[:, self.held]
-        some = ~self.on_host & (size > 0)
-        sizes, index = np.unique(size[some], return_inverse=True)
-        common = float(sizes[np.bincount(index, self.many[some]).argmax()])
-        count = int(room * (1 + ROUND) / common)
-        if not 1 <= count <= MOST_PIECES:
-            return one
-        hosts = size[self.on_host]
-        first, last = _sums(np.unique(hosts[hosts > 0]))
-        if not len(first):
-            return one
-        # a host of class k takes at most edge k; the next class takes the next sum of pieces or more
-        at = [int(np.searchsorted(first, room - (count - k) * common, "right")) for k in range(CLASSES)]
-        least = [0.0] + [float(np.append(first, room)[k]) for k in at[:-1]]
-        usual = np.array([float(last[k - 1]) if k else 0.0 for k in at])
-        taken = np.append(usual[:-1], room)
-        return Classes(room - np.clip(least, 0.0, room), taken, usual)
+        if not self.alone(box):
+            return one_class(float(box.high[max(self.held, 0)]))
+        return classes_of(self.load[:, self.held], self.many, self.on_host, float(box.high[self.held]))
 
     def whole(self) -> Box:
         """The box of all better solutions."""
@@ -223,29 +175,6 @@ def _merged(load: Floats) -> tuple[Ints, Ints, Floats]:
             merged[p] = len(first)
             first.append(p)
     return np.array(first, dtype=np.int64), merged, scale
-
-
-def _sums(sizes: Floats) -> Floats:
-    """(2, n): edges of clusters of sums of sizes, from 0 to 1; no columns where there are too many."""
-    width = NEAR * float(sizes.min())
-    cells = {0: (0.0, 0.0)}  # by place on a grid: the least and the largest sum
-    todo = [0]
-    while todo:
-        at = heapq.heappop(todo)  # cells in order: sums only grow
-        low, high = cells[at]
-        for size in map(float, sizes):
-            if low + size > 1.0:
-                continue
-            cell = int((low + size) / width)
-            if cell not in cells:
-                heapq.heappush(todo, cell)
-                if len(cells) > SUMS:
-                    return np.zeros((2, 0))
-            known = cells.get(cell, (low + size, high + size))
-            cells[cell] = min(known[0], low + size), max(known[1], high + size)
-    edges = np.array([cells[at] for at in sorted(cells)])
-    new = edges[1:, 0] - edges[:-1, 1] > width
-    return np.array([edges[np.append(True, new), 0] - LOOSE, edges[np.append(new, True), 1] + LOOSE])
 
 
 class _Solver:

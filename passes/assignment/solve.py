@@ -43,9 +43,7 @@ MOST_WORK = 12.0  # seconds that a normal effort spends at most with several pha
 MANY_WORK = 30.0  # the same with thousands of tables, which are placed once and then polished
 SEVERAL = 6.0  # times the work with several phases, which take longer to balance
 POLISH_SHARE = 0.25  # of the work, with one phase, for polishing
-EARLY_SHARE = (
-    0.15  # of the packing's work for polishing before walks, with one phase and more than FEW tables
-)
+EARLY_SHARE = 0.15  # of the packing's work, for polishing before walks (one phase, more than FEW tables)
 FAR = 0.15  # relative gap above which a quick search goes on as a normal one
 FAR_FEW, HANDFUL = 0.05, 10  # the same with few tables, but more than a handful, which it seldom helps
 FEW = 40  # tables up to which a quick search settles in a few hundred packings, from more starts
