@@ -38,6 +38,17 @@ def placements(option: Option, hosts: int, size: int) -> list[tuple[int, ...]]:
     return made
 
 
+def drawn(problem: Problem, data: st.DataObject) -> tuple[list[int], tuple[tuple[int, ...], ...]]:
+    """Any choice of options, and any legal place for their pieces."""
+    choice, placement = [], []
+    for options in problem.options:
+        j = data.draw(st.integers(0, len(options) - 1))
+        legal = placements(options[j], problem.hosts, problem.host_size)
+        choice.append(j)
+        placement.append(legal[data.draw(st.integers(0, len(legal) - 1))])
+    return choice, tuple(placement)
+
+
 def exhaustive(problem: Problem) -> float:
     """Smallest objective over all choices and placements; infinity when none fits."""
     best = math.inf

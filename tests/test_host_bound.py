@@ -19,7 +19,7 @@ from passes.assignment.host_classes import CLASSES
 from passes.assignment.host_program import Box, HostProgram
 from passes.assignment.room_bound import RoomBound
 from passes.assignment.target_search import Incumbent
-from tests.test_assignment import exhaustive, placements
+from tests.test_assignment import drawn, exhaustive
 
 
 def exchanging(seed: int, tables: int, hosts: int, size: int, capacity: float = 100.0) -> Problem:
@@ -57,13 +57,8 @@ def test_the_bound_is_below_the_optimum(seed: int, capacity: float, above: float
 def test_a_box_bounds_every_solution_in_it(seed: int, data: st.DataObject) -> None:
     """Any choice and placement is a witness, whatever phases the liftings take."""
     problem = exchanging(seed, 9, 3, 2)
-    choice, placement = [], []
-    for options in problem.options:
-        j = data.draw(st.integers(0, len(options) - 1))
-        legal = placements(options[j], 3, 2)
-        choice.append(j)
-        placement.append(legal[data.draw(st.integers(0, len(legal) - 1))])
-    loads, _ = evaluate(problem, choice, tuple(placement))
+    choice, placement = drawn(problem, data)
+    loads, _ = evaluate(problem, choice, placement)
     value = float(loads.max(axis=0).sum())
     compiled = compile_problem(problem)
     program = HostProgram(compiled, 2 * value)

@@ -20,7 +20,7 @@ from passes.assignment.room_bound import RoomBound
 from passes.assignment.room_dual import RoomDual
 from passes.assignment.room_program import RoomProgram
 from passes.assignment.whole_bound import whole_bound
-from tests.test_assignment import exhaustive, placements, random_problem
+from tests.test_assignment import drawn, exhaustive, placements, random_problem
 
 
 def sized(sizes: list[float], ranks: int, phases: int = 2) -> Problem:
@@ -84,13 +84,8 @@ def test_a_box_bounds_every_solution_whose_rooms_are_in_it(seed: int, data: st.D
     """Rooms are what placed pieces put on the slowest rank; any choice and placement is a witness."""
     problem = random_problem(seed, 2, 4, 2, 2, slack=3.0)
     compiled = compile_problem(problem)
-    choice, placement = [], []
-    for options in problem.options:
-        j = data.draw(st.integers(0, len(options) - 1))
-        legal = placements(options[j], 2, 2)
-        choice.append(j)
-        placement.append(legal[data.draw(st.integers(0, len(legal) - 1))])
-    loads, memory = evaluate(problem, choice, tuple(placement))
+    choice, placement = drawn(problem, data)
+    loads, memory = evaluate(problem, choice, placement)
     if memory.max() > problem.capacity:
         return
     value = float(loads.max(axis=0).sum())
