@@ -76,8 +76,16 @@ def peak_price(state: State, group: Group, levels: int) -> Floats:
     peaks = state.loads.max(axis=0)
     copies = np.arange(1, levels + 1)[:, None, None]
     after = loads[None] + copies * np.asarray(group.phases)[None, None]
-    price: Floats = np.maximum(after, peaks[None, None]).sum(axis=2) + TIE * after.sum(axis=2)
+    price: Floats = _over_phases(np.maximum(after, peaks[None, None])) + TIE * _over_phases(after)
     return price
+
+
+def _over_phases(values: Floats) -> Floats:
+    """Sums over the last axis, column by column: with a handful of phases several times faster than ``sum``."""
+    total: Floats = values[..., 0].copy()
+    for k in range(1, values.shape[-1]):
+        total += values[..., k]
+    return total
 
 
 def _place_loads(state: State, scope: int) -> Floats:
